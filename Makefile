@@ -1,0 +1,41 @@
+# make: what CI runs is `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+JOBS ?= 2
+
+.PHONY: setup demo test lint types bench notebooks dist clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %s is too old, 3.11 or newer is needed: make PYTHON=python3.11 setup" % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,notebooks,dev]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/bmaml-ppl demo
+
+test: setup lint types
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
+
+notebooks: setup
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+dist: setup
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

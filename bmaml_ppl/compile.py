@@ -1,0 +1,76 @@
+"""Recording of a meta-step: Pyro's handlers and `torch.func`'s interpreters run once, plain tensor code after."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["Compile", "Recorded", "should_record"]
+
+Compile = Literal["auto"] | bool
+
+_WORTH_RECORDING = 100
+"""Meta-steps from which recording (about as long as 50 eager ones) earns its time back."""
+
+
+def should_record(compile: Compile, num_steps: int) -> bool:
+    """Whether a run of so many meta-steps is recorded."""
+    if compile not in ("auto", True, False):
+        raise ValueError(f'compile={compile!r} is not known; choose "auto", True or False')
+    return num_steps >= _WORTH_RECORDING if compile == "auto" else compile
+
+
+class Recorded:
+    """A pure function of nested tensors that is recorded as a graph on its first call with each layout.
+
+    The graph computes what the function does, operation by operation; random draws are recorded as draws.
+    A function that cannot be recorded runs as it is, after one warning.
+
+    Args:
+        function: Takes and returns nested containers of tensors.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.graphs: dict[Any, tuple[GraphModule, Any] | None] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function returns for these arguments."""
+        leaves, layout = tree_flatten(arguments)
+        key = (layout, tuple(None if x is None else (x.shape, x.dtype, x.device) for x in leaves))
+        if key not in self.graphs:
+            self.graphs[key] = self._record(leaves, layout)
+        recorded = self.graphs[key]
+        if recorded is None:
+            return self.function(*arguments)
+        graph, result_layout = recorded
+        return tree_unflatten(graph(*[x for x in leaves if x is not None]), result_layout)
+
+    def _record(self, leaves: list[Tensor | None], layout: Any) -> tuple[GraphModule, Any] | None:
+        found: list[Any] = []
+
+        def flat(*values: Tensor) -> list[Tensor]:
+            given = iter(values)
+            filled = [None if x is None else next(given) for x in leaves]
+            results, result_layout = tree_flatten(self.function(*tree_unflatten(filled, layout)))
+            found.append(result_layout)
+            return results
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = make_fx(flat)(*[x for x in leaves if x is not None])
+        except Exception as error:  # any failure to record must leave the eager result standing
+            warnings.warn(
+                f"the meta-step could not be recorded and runs eagerly ({type(error).__name__}: {error}); "
+                "write compile=False to silence this",
+                stacklevel=4,
+            )
+            return None
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return graph, found[0]

@@ -1,0 +1,227 @@
+"""The meta-learned prior: what the outer loop returns, and what adapts to new tasks."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint, positive
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, seeded
+from bmaml_ppl.density import Density
+from bmaml_ppl.inference import ALGORITHMS
+from bmaml_ppl.posterior import Posterior
+from bmaml_ppl.prediction import simulate
+from bmaml_ppl.scaling import Scaling
+from bmaml_ppl.tasks import Tasks
+from bmaml_ppl.template import Template
+from bmaml_ppl.types import Inference, Start
+
+__all__ = ["History", "LearnedPrior"]
+
+_CHUNK_BYTES = 2**28
+
+
+@dataclass
+class History:
+    """What the outer loop saw, one entry a meta-step.
+
+    Attributes:
+        loss: Objective, mean over the batch's tasks.
+        grad_norm: Norm of the meta-gradient before clipping.
+        tasks_per_second: Tasks adapted and differentiated a second.
+        stopped: Why the loop ended early, or None.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    tasks_per_second: list[float] = field(default_factory=list)
+    stopped: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedPrior:
+    """A shared prior over tasks, with the inference that adapts it.
+
+    Attributes:
+        density: Log density of a task.
+        inference: The algorithm.
+        start: Where particles start: "free" or "prior".
+        params: Every meta-parameter by name, constrained: the model's own, `particles` where the start is
+            free, and `step_size` where it is learned.
+        template: Shape of one task's data.
+        scaling: Standardisation of the training tasks, or None.
+        num_support: Shots it was learned for.
+        seed: Seed of particles' starts and of draws.
+        history: What the outer loop saw; empty after loading.
+    """
+
+    density: Density
+    inference: Inference
+    start: Start
+    params: dict[str, Tensor]
+    template: Template
+    scaling: Scaling | None
+    num_support: int | range
+    seed: int
+    history: History = field(default_factory=History)
+
+    @property
+    def constraints(self) -> dict[str, Constraint]:
+        """Constraint of every meta-parameter that has one, the inference's own included."""
+        return {**self.density.constraints, "step_size": positive}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the meta-parameters live."""
+        return self._like.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LearnedPrior":
+        """Moves the prior."""
+        params = {k: v.to(device=device, dtype=dtype) for k, v in self.params.items()}
+        scaling = None if self.scaling is None else self.scaling.to(device, dtype)
+        return replace(self, params=params, density=self.density.to(device, dtype), scaling=scaling)
+
+    def adapt(
+        self,
+        tasks: Tasks | None = None,
+        /,
+        *,
+        inference: Inference | None = None,
+        num_steps: int | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+        **data: Any,
+    ) -> Posterior:
+        """Adapts to one task or to many at once.
+
+        Args:
+            tasks: Tasks to adapt to, in the user's units, or None.
+            inference: Another algorithm than the one learned with; a free start needs as many particles.
+            num_steps: Adaptation steps; None takes the inference's own.
+            chunk_size: Tasks adapted together; None bounds the memory.
+            seed: Seed of the particles' start and of draws; None takes the prior's.
+            **data: One task's observations as keyword tensors, (N, ...), or a batch's, (T, N, ...).
+
+        Returns:
+            The posterior.
+
+        Raises:
+            ValueError: If data is missing, unknown or of the wrong shape, or particles became non-finite; the
+                message names the key or the tasks.
+        """
+        given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self._like)
+        adapter = self._adapter(inference)
+        seed = self.seed if seed is None else seed
+        batch = as_task_data(replace(given, scaling=self.scaling))
+        steps = adapter.inference.num_steps if num_steps is None else num_steps
+        chunk = chunk_size or _chunk_size(adapter, batch)
+        states = [self._adapt(adapter, part, steps, seed) for part in _chunks(batch, len(given), chunk)]
+        state = tree_map(lambda *parts: torch.cat(parts), *states)
+        _check_finite(state.particles, given)
+        return Posterior(
+            self.density,
+            adapter.inference,
+            self.params,
+            state,
+            given,
+            self.scaling,
+            self.template,
+            single,
+            seed,
+        )
+
+    def predict(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> dict[str, Tensor]:
+        """Zero-shot: draws from the prior predictive of a task with no observations.
+
+        Args:
+            tasks: Tasks whose inputs to predict at, or None.
+            num_samples: S.
+            **data: One task's inputs as keyword tensors, (N, ...), or a batch's, (T, N, ...).
+
+        Returns:
+            Observed sites in the user's units and deterministic sites, (S, ...) or (S, T, ...).
+        """
+        given, single = self.template.to_tasks(tasks, data, need_outputs=False, like=self._like)
+        batch = as_task_data(replace(given, scaling=self.scaling))
+        adapter = self._adapter(None)
+
+        def draw(data: dict[str, Tensor]) -> Tensor:
+            if self.start == "prior":
+                return adapter.draw_prior(self.params, TaskData(data, None), num_samples)
+            return self.inference.sample(self.inference.init(self.params), num_samples, None)
+
+        with torch.no_grad(), seeded(self.seed, self.device):
+            z = vmap(draw, randomness="same")(batch.data)
+        draws = simulate(self.density, self.params, z, batch, self.scaling, self.seed)
+        return {name: value[0] if single else value.transpose(0, 1) for name, value in draws.items()}
+
+    def to_arviz(self, tasks: Tasks, /, *, num_samples: int = 1000) -> Any:
+        """Exports prior and prior predictive draws to ArviZ; see `Posterior.to_arviz`."""
+        from bmaml_ppl.diagnostics.posterior_tree import prior_tree
+
+        return prior_tree(self, tasks, num_samples)
+
+    def save(self, path: str | Path) -> None:
+        """Writes tensors and the schema of sites and settings to one safetensors file; see `load_prior`."""
+        from bmaml_ppl.storage import save_prior
+
+        save_prior(self, path)
+
+    @property
+    def _like(self) -> Tensor:
+        return next(iter(self.params.values()))
+
+    def _adapter(self, inference: Inference | None) -> Adapter:
+        if inference is None:
+            return Adapter(self.density, self.inference, self.start)
+        bound = ALGORITHMS[inference.name](**inference.config, sites=self.density.sites)
+        start = self.start if bound.start == "auto" else bound.start
+        if start == "free":
+            learned = self.params.get("particles")
+            if learned is None or len(learned) != bound.num_particles:
+                has = "none" if learned is None else str(len(learned))
+                raise ValueError(
+                    f"a free start needs {bound.num_particles} learned particles, this prior has {has}; "
+                    "change num_particles, or learn again with this inference"
+                )
+        return Adapter(self.density, bound, start)
+
+    def _adapt(self, adapter: Adapter, batch: TaskData, num_steps: int, seed: int) -> Any:
+        def adapt(data: dict[str, Tensor], mask: Tensor | None = None) -> Any:
+            return adapter.adapt(self.params, TaskData(data, mask), num_steps)
+
+        arguments = (batch.data,) if batch.mask is None else (batch.data, batch.mask)
+        with torch.no_grad(), seeded(seed, self.device):
+            return vmap(adapt, randomness="same")(*arguments)
+
+
+def _chunk_size(adapter: Adapter, batch: TaskData) -> int:
+    """Tasks whose particles, kernels and Hessians fit into a fixed budget together."""
+    rows = max(value[0].numel() for value in batch.data.values())
+    dim, num = adapter.density.dim, adapter.inference.num_particles
+    floats = num * (dim * (min(dim, 32) + num) + 64 * rows * min(dim, 32))
+    return max(1, _CHUNK_BYTES // (8 * floats))
+
+
+def _chunks(batch: TaskData, num_tasks: int, size: int) -> list[TaskData]:
+    return [
+        TaskData(
+            {k: v[i : i + size] for k, v in batch.data.items()},
+            None if batch.mask is None else batch.mask[i : i + size],
+        )
+        for i in range(0, num_tasks, size)
+    ]
+
+
+def _check_finite(particles: Tensor, tasks: Tasks) -> None:
+    broken = (~torch.isfinite(particles)).flatten(1).any(1).nonzero().flatten().tolist()
+    if broken:
+        names = [tasks.names[i] for i in broken[:5]]
+        raise ValueError(
+            f"adaptation became non-finite for {len(broken)} of {len(tasks)} tasks, first {names}; use fewer or "
+            'shorter steps (num_steps=..., step_size=...), or preconditioner="adaptive"'
+        )

@@ -1,0 +1,291 @@
+"""The outer loop: meta-learns the shared prior by gradients through, or at, task posteriors."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task, resolve_start, seeded
+from bmaml_ppl.compile import Compile, Recorded, should_record
+from bmaml_ppl.density import Density, from_model
+from bmaml_ppl.inference import ALGORITHMS, svgd
+from bmaml_ppl.learned import History, LearnedPrior
+from bmaml_ppl.objectives import Objective, chaser, marginal_nll, query_nll
+from bmaml_ppl.outer import clip, constrain, episode_views, meta_gradient, parameter_groups, unconstrain
+from bmaml_ppl.tasks import Tasks
+from bmaml_ppl.template import Template
+from bmaml_ppl.types import Inference, Model, Start
+
+__all__ = ["MetaStep", "StoppedEarly", "meta_learn"]
+
+Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+_CHECKPOINT_EVERY = 100
+
+
+class StoppedEarly(UserWarning):
+    """The outer loop met a non-finite loss or gradient and kept the last good prior."""
+
+
+class MetaStep(NamedTuple):
+    """What a callback sees after each meta-step.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: Objective, mean over the batch's tasks.
+        grad_norm: Norm of the meta-gradient before clipping.
+        params: Current meta-parameters, constrained.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    params: dict[str, Tensor]
+
+
+def meta_learn(
+    model: Model,
+    tasks: Tasks,
+    *,
+    num_support: int | range,
+    inference: Inference | None = None,
+    objective: Objective | None = None,
+    num_steps: int = 1000,
+    batch_size: int = 10,
+    optimizer: Optimizer | None = None,
+    max_grad_norm: float = 10.0,
+    first_order: bool = False,
+    device: torch.device | str = "auto",
+    compile: Compile = "auto",
+    progress: bool = True,
+    seed: int = 0,
+    start: LearnedPrior | None = None,
+    checkpoint_dir: str | Path | None = None,
+    callbacks: Sequence[Callable[[MetaStep], None]] = (),
+) -> LearnedPrior:
+    """Meta-learns the shared prior of a task model from many tasks.
+
+    Args:
+        model: Pyro model of one task. Each `pyro.param` and each parameter of a registered network is learned.
+        tasks: Training tasks.
+        num_support: Observations K that a task adapts to; a range draws K for each task anew.
+        inference: Adaptation; None is `svgd()`.
+        objective: What is minimised. None is `marginal_nll()` where particles start at the model's own
+            learned prior, and `chaser() + query_nll()` where they are learned freely.
+        num_steps: Meta-steps.
+        batch_size: Tasks a meta-step.
+        optimizer: Makes the optimiser from parameter groups, for example
+            `partial(torch.optim.Adam, lr=1e-3)`. None is Adam with a rate of 0.02, and 0.003 for networks and
+            particles, on a cosine to zero.
+        max_grad_norm: Meta-gradients longer than this are shortened to it.
+        first_order: Stop gradients at the scores (first-order MAML).
+        device: Where to compute; "auto" is CUDA where there is one.
+        compile: Whether to record the meta-step as a graph of tensor operations, which runs several times
+            faster than Pyro's handlers and takes seconds to make; "auto" records runs of 100 steps or more.
+        progress: Whether to show a progress bar.
+        seed: Seed of batches, starts and draws; the same seed gives the same prior, bit for bit on CPU.
+        start: A learned prior of the same model to go on from.
+        checkpoint_dir: Folder that keeps the prior during the run, every 100 steps, as `prior.safetensors`.
+        callbacks: Called with a `MetaStep` after each meta-step.
+
+    Returns:
+        The learned prior, with the run's history.
+
+    Raises:
+        ValueError: If the model cannot be a task model, a task has too few observations, or `start` belongs
+            to another model.
+
+    Warns:
+        StoppedEarly: If the loss or its gradient became non-finite; the last good prior is returned.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = tasks.to(device)
+    _warn_of_units(tasks)
+    learned = _prepare(model, tasks, inference or svgd(), num_support, seed, start)
+    adapter = Adapter(learned.density, learned.inference, learned.start, first_order)
+    loop = _Loop(
+        learned,
+        adapter,
+        tasks.scaled(),
+        objective or _default_objective(learned.start),
+        _Schedule(num_steps, batch_size, optimizer, max_grad_norm, should_record(compile, num_steps)),
+        list(callbacks) + ([_Checkpoint(learned, Path(checkpoint_dir))] if checkpoint_dir else []),
+    )
+    return loop.run(progress)
+
+
+def _prepare(
+    model: Model,
+    tasks: Tasks,
+    inference: Inference,
+    num_support: int | range,
+    seed: int,
+    start: LearnedPrior | None,
+) -> LearnedPrior:
+    """The prior before the first meta-step."""
+    batch = as_task_data(tasks)
+    task = one_task(batch)
+    rows = slice(None) if task.mask is None else task.mask
+    example = {k: v[rows] if k in tasks.data else v for k, v in task.data.items()}
+    density = from_model(model, example)
+    _check_maskable(density, tasks, num_support)
+    inference = ALGORITHMS[inference.name](**inference.config, sites=density.sites)
+    kind = resolve_start(inference, density, TaskData(example, None))
+    reserved = inference.parameters(density.dim)
+    if kind == "free":
+        with seeded(seed, torch.device("cpu")):
+            reserved["particles"] = density.initial_particles(inference.num_particles, example)
+    _check_names(density, reserved)
+    like = next(v for v in example.values() if v.is_floating_point())
+    params = {k: v.detach().to(like) for k, v in {**density.prior, **reserved}.items()}
+    if start is not None:
+        params = _go_on(params, start)
+    outputs = tuple(key for key in density.observed.values() if key is not None)
+    template = Template.of(tasks, tuple(dict.fromkeys((*outputs, *tasks.outputs))))
+    return LearnedPrior(density, inference, kind, params, template, tasks.scaling, num_support, seed)
+
+
+def _check_names(density: Density, reserved: dict[str, Tensor]) -> None:
+    if taken := sorted(set(reserved) & set(density.prior)):
+        raise ValueError(f"pyro.param {taken} have names that the learner uses itself; rename them in the model")
+
+
+def _check_maskable(density: Density, tasks: Tasks, num_support: int | range) -> None:
+    if tasks.mask is None and isinstance(num_support, int):
+        return
+    if fixed := [
+        name for name, key in density.observed.items() if density.plate_dims[name] is None and key in tasks.data
+    ]:
+        raise ValueError(
+            f"tasks of different lengths need a mask, but observed site {fixed[0]!r} has no plate over observations; "
+            "write with pyro.plate('data', x.shape[0]) around it instead of to_event, or give tasks of equal length"
+        )
+
+
+def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
+    given = {k: tuple(v.shape) for k, v in start.params.items()}
+    wanted = {k: tuple(v.shape) for k, v in params.items()}
+    if given != wanted:
+        raise ValueError(f"start=... holds {given}, but this model and inference need {wanted}")
+    return {k: start.params[k].detach().to(v) for k, v in params.items()}
+
+
+def _default_objective(start: Start) -> Objective:
+    return marginal_nll() if start == "prior" else chaser() + query_nll()
+
+
+def _warn_of_units(tasks: Tasks) -> None:
+    """Speaks up where a raw output is far from unit scale, which the default learning rates are made for."""
+    scaled = tasks.scaled()
+    for name in tasks.outputs:
+        values = scaled.data[name] if scaled.mask is None else scaled.data[name][scaled.mask]
+        size = values.float().square().mean().sqrt().item()
+        if values.is_floating_point() and not 0.05 < size < 20:
+            warnings.warn(
+                f"output {name!r} has root mean square {size:.3g}; meta-learning is made for values around 1. "
+                "Write tasks.standardize() on the training tasks: predictions still come in your units",
+                stacklevel=3,
+            )
+
+
+class _Schedule(NamedTuple):
+    """How long and how fast the outer loop goes."""
+
+    num_steps: int
+    batch_size: int
+    optimizer: Optimizer | None
+    max_grad_norm: float
+    record: bool
+
+
+class _Checkpoint:
+    """A callback that writes the current prior to a folder."""
+
+    def __init__(self, learned: LearnedPrior, folder: Path) -> None:
+        self.learned = learned
+        self.path = folder / "prior.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, info: MetaStep) -> None:
+        if info.step % _CHECKPOINT_EVERY == 0:
+            replace(self.learned, params=info.params).save(self.path)
+
+
+class _Loop:
+    """The outer loop's moving parts."""
+
+    def __init__(
+        self,
+        learned: LearnedPrior,
+        adapter: Adapter,
+        tasks: Tasks,
+        objective: Objective,
+        schedule: _Schedule,
+        callbacks: list[Callable[[MetaStep], None]],
+    ) -> None:
+        self.learned, self.tasks, self.schedule, self.callbacks = learned, tasks, schedule, callbacks
+        self.constraints = learned.constraints
+        gradient = partial(meta_gradient, adapter, objective, self.constraints)
+        self.gradient = Recorded(gradient) if schedule.record else gradient
+        free = unconstrain(learned.params, self.constraints)
+        self.params = {k: v.detach().clone().requires_grad_() for k, v in free.items()}
+        slow = learned.density.networks | {"particles"}
+        groups = parameter_groups(self.params, slow)
+        self.optimizer = schedule.optimizer(groups) if schedule.optimizer else torch.optim.Adam(groups)
+        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(schedule.num_steps, 1))
+        self.generator = torch.Generator().manual_seed(learned.seed)
+        self.history = History()
+
+    def run(self, progress: bool) -> LearnedPrior:
+        """Takes all meta-steps and returns the learned prior."""
+        bar = tqdm(range(1, self.schedule.num_steps + 1), disable=not progress, desc="meta-learning")
+        for step in bar:
+            kept = self._snapshot()
+            if not self._step(step):
+                warnings.warn(self._stopped(step), StoppedEarly, stacklevel=3)
+                return replace(self.learned, params=kept, history=self.history)
+            h = self.history
+            rate = sum(h.tasks_per_second[-20:]) / len(h.tasks_per_second[-20:])
+            bar.set_postfix_str(f"loss {h.loss[-1]:.3f}, gradient {h.grad_norm[-1]:.2g}, {rate:.0f} tasks/s", False)
+        return replace(self.learned, params=self._snapshot(), history=self.history)
+
+    def _step(self, step: int) -> bool:
+        began = perf_counter()
+        episode = self.tasks.sample_batch(self.schedule.batch_size, self.learned.num_support, self.generator)
+        params = {k: v.detach() for k, v in self.params.items()}
+        with seeded(self.learned.seed + step, self.learned.device):
+            gradients, loss = self.gradient(params, episode_views(episode))
+        gradients, norm = clip(gradients, self.schedule.max_grad_norm)
+        self.history.loss.append(loss.item())
+        self.history.grad_norm.append(norm.item())
+        if not torch.isfinite(loss + norm):
+            return False
+        for name, value in self.params.items():
+            value.grad = gradients[name]
+        self.optimizer.step()
+        if self.schedule.optimizer is None:
+            self.decay.step()
+        self.history.tasks_per_second.append(len(episode.support) / (perf_counter() - began))
+        for callback in self.callbacks:
+            callback(MetaStep(step, loss.item(), norm.item(), self._snapshot()))
+        return True
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        detached = {k: v.detach().clone() for k, v in self.params.items()}
+        return {k: v.clone() for k, v in constrain(detached, self.constraints).items()}
+
+    def _stopped(self, step: int) -> str:
+        loss, norm = self.history.loss.pop(), self.history.grad_norm.pop()
+        self.history.stopped = f"loss {loss:g} with gradient norm {norm:g} at meta-step {step}"
+        return (
+            f"meta-learning stopped: {self.history.stopped}; the prior before it is kept. Standardise the data, "
+            'or take shorter or adaptive inner steps (preconditioner="adaptive")'
+        )

@@ -1,0 +1,183 @@
+"""The posterior of one adapted task, or of a batch of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, seeded
+from bmaml_ppl.density import Density
+from bmaml_ppl.guide import particle_guide
+from bmaml_ppl.prediction import blank_padding, simulate
+from bmaml_ppl.scaling import Scaling
+from bmaml_ppl.tasks import Tasks
+from bmaml_ppl.template import Template
+from bmaml_ppl.types import Inference
+
+__all__ = ["Posterior"]
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """Adapted tasks: draws of their latents, and predictions in the user's units.
+
+    Results of a single task have no task dimension; those of a batch have it after the draws:
+    (S, ...) and (S, T, ...).
+
+    Attributes:
+        density: Log density of a task.
+        inference: The algorithm that adapted.
+        params: Meta-parameters by name, constrained.
+        state: The algorithm's final state, a leading task dimension on every tensor.
+        tasks: The observations adapted to, in the user's units.
+        scaling: The learned prior's standardisation, or None.
+        template: Shape of one task's data.
+        single: Whether one task was given without a task dimension.
+        seed: Seed of draws.
+    """
+
+    density: Density
+    inference: Inference
+    params: dict[str, Tensor]
+    state: Any
+    tasks: Tasks
+    scaling: Scaling | None
+    template: Template
+    single: bool
+    seed: int
+
+    @property
+    def particles(self) -> Tensor:
+        """Unconstrained particles, (M, D), or (T, M, D) for a batch."""
+        return self.state.particles[0] if self.single else self.state.particles
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return self.tasks.names
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, key: int | str) -> "Posterior":
+        """The posterior of one task, by position or name."""
+        one = self.tasks[key]
+        index = self.tasks.names.index(one.names[0])
+        state = tree_map(lambda value: value[index : index + 1], self.state)
+        return replace(self, state=state, tasks=one, single=True)
+
+    def draws(self, num_samples: int | None = None) -> Tensor:
+        """Unconstrained draws, (S, D) or (S, T, D); None gives each particle once."""
+        if num_samples is None:
+            z = self.state.particles
+        else:
+            with seeded(self.seed, self.state.particles.device):
+                z = vmap(lambda s: self.inference.sample(s, num_samples, None), randomness="same")(self.state)
+        return self._draw_first(z)
+
+    def sites(self, num_samples: int | None = None) -> dict[str, Tensor]:
+        """Draws of every latent site on its support, (S, ...) or (S, T, ...).
+
+        Latents are in the model's units: standardised ones where the tasks were standardised.
+        """
+        z = self._task_first(self.draws(num_samples))
+        task_data = self._as_task_data(self.tasks)
+
+        def constrain(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
+            return vmap(lambda particle: self.density.constrain(particle, self.params, task))(z)
+
+        values = vmap(constrain)(z, task_data.data)
+        return {name: self._draw_first(value) for name, value in values.items()}
+
+    def predict(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> dict[str, Tensor]:
+        """Draws from the posterior predictive at new inputs.
+
+        Args:
+            tasks: The same tasks with new observations (inputs suffice), or None.
+            num_samples: S.
+            **data: Inputs as keyword tensors, (N, ...), or (T, N, ...) for a batch; constants given at
+                adaptation need not be given again.
+
+        Returns:
+            Observed sites in the user's units and deterministic sites in the model's: (S, N, ...) or
+            (S, T, N, ...), as `pyro.infer.Predictive` gives them. Padded rows of a batch are NaN.
+        """
+        new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=False))
+        z = self._task_first(self.draws(num_samples))
+        draws = simulate(self.density, self.params, z, new, self.scaling, self.seed)
+        return {name: self._draw_first(value) for name, value in draws.items()}
+
+    def log_likelihood(self, tasks: Tasks | None = None, /, **data: Any) -> dict[str, Tensor]:
+        """Log-likelihood of observations under every particle, in the user's units.
+
+        Args:
+            tasks: The same tasks with their observations, or None.
+            **data: Inputs and outputs as keyword tensors.
+
+        Returns:
+            Observed site -> (M, N) or (M, T, N); NaN at padded rows.
+        """
+        new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=True))
+
+        def of_task(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
+            return vmap(lambda particle: self.density.log_likelihood(particle, self.params, task))(z)
+
+        values = vmap(of_task)(self.state.particles, new.data)
+        return {
+            name: self._draw_first(blank_padding(value - self._log_scale(name, value), new.mask))
+            for name, value in values.items()
+        }
+
+    def to_arviz(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> Any:
+        """Exports to ArviZ: `InferenceData` on ArviZ 0.x, `DataTree` on 1.x.
+
+        Args:
+            tasks: Observations to predict and score, or None for those adapted to.
+            num_samples: Draws.
+            **data: The same as keyword tensors.
+        """
+        from bmaml_ppl.diagnostics.posterior_tree import posterior_tree
+
+        new = self._new_tasks(tasks, data, need_outputs=True)
+        return posterior_tree(self, new, num_samples)
+
+    def as_guide(self) -> Callable[..., dict[str, Tensor]]:
+        """A Pyro guide that draws from this posterior, for `pyro.infer.Predictive` and `Importance`.
+
+        Its density is a smooth mixture around the particles with their covariance (a point where there is
+        only one), so that importance weights are proper. Data passed to it must be in the model's units.
+
+        Raises:
+            ValueError: If the posterior holds several tasks.
+        """
+        if len(self) != 1:
+            raise ValueError(
+                f"a guide is for one task, this posterior holds {len(self)}; write "
+                f"posterior[{self.names[0]!r}].as_guide()"
+            )
+        task = one_task(self._as_task_data(self.tasks))
+        return particle_guide(self.density, self.params, self.state.particles[0], task.data)
+
+    def _new_tasks(self, tasks: Tasks | None, data: Mapping[str, Any], *, need_outputs: bool) -> Tasks:
+        if tasks is None and not data:
+            return self.tasks
+        like = self.state.particles
+        return self.template.to_tasks(tasks, data, need_outputs=need_outputs, like=like, adapted=self.tasks)[0]
+
+    def _as_task_data(self, tasks: Tasks) -> TaskData:
+        return as_task_data(replace(tasks, scaling=self.scaling))
+
+    def _log_scale(self, site: str, like: Tensor) -> Tensor:
+        key = self.density.observed[site]
+        if self.scaling is None or key not in self.scaling.scale:
+            return like.new_zeros(())
+        return self.scaling.scale[key].to(like).log().sum()
+
+    def _draw_first(self, value: Tensor) -> Tensor:
+        return value[0] if self.single else value.transpose(0, 1)
+
+    def _task_first(self, value: Tensor) -> Tensor:
+        return value.unsqueeze(0) if self.single else value.transpose(0, 1)

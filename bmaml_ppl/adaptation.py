@@ -45,7 +45,11 @@ def one_task(batch: TaskData, index: int = 0) -> TaskData:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's generators for the block and puts their states back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: it seeds every GPU, and only `device` is put back.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -5,17 +5,18 @@ how to consume it, and neither imports the other. Because it is a pure function 
 `torch.func.vmap` carries it over particles and tasks and `grad` and `hessian` differentiate it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
-from bmaml_ppl.discovery import Discovery, Site, check_vectorised, discover
+from bmaml_ppl.bijections import bijection
+from bmaml_ppl.discovery import Discovery, Site, check_vectorised, discover, feasible_point
 from bmaml_ppl.draws import reparameterised
-from bmaml_ppl.handlers import Record, Sites, execute
+from bmaml_ppl.handlers import Record, Sites, execute, is_factor
 from bmaml_ppl.types import Model, Tensors
 
 __all__ = ["Density", "from_model"]
@@ -40,6 +41,7 @@ class Density:
         constraints: Constraint of every meta-parameter.
         networks: Names of the meta-parameters that belong to a registered network.
         plate_dims: Batch dimension of each observed site that runs over observations, None if none does.
+        constants: Keys of data known once per task, which no mask applies to.
     """
 
     model: Model
@@ -49,6 +51,7 @@ class Density:
     constraints: dict[str, constraints.Constraint]
     networks: frozenset[str]
     plate_dims: dict[str, int | None]
+    constants: frozenset[str] = frozenset()
 
     @property
     def dim(self) -> int:
@@ -57,20 +60,20 @@ class Density:
 
     def log_joint(self, z: Tensor, prior: Tensors, data: Data, mask: Tensor | None = None) -> Tensor:
         """Log p(z, observations | prior), with the log-Jacobian of the change of variables; a scalar."""
-        log_prior, log_likelihood = self._log_probs(z, prior, data, mask)
-        return log_prior + _total(log_likelihood, z)
+        return self._log_joint_of_parts(self._split(z), prior, data, mask)
 
     def log_prior(self, z: Tensor, prior: Tensors, data: Data) -> Tensor:
-        """Log p(z | prior), with the log-Jacobian of the change of variables; a scalar."""
-        return self._log_probs(z, prior, data, None)[0]
+        """Log p(z | prior), with the log-Jacobian of the change of variables; a scalar. Outputs may be None."""
+        return self._evaluate(self._split(z), prior, data, None)[0]
 
     def log_likelihood(self, z: Tensor, prior: Tensors, data: Data, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Log-likelihood of every observation: observed site -> its batch shape, zero where masked."""
-        return self._log_probs(z, prior, data, mask)[1]
+        """Log-likelihood of every observation: observed site -> its batch shape, zero where masked. A
+        `pyro.factor` counts as an observed site."""
+        return self._mask_likelihoods(self._evaluate(self._split(z), prior, data, mask)[1], data, mask)
 
     def constrain(self, z: Tensor, prior: Tensors, data: Data) -> dict[str, Tensor]:
-        """Maps z, (D,), to the value of every latent site on its support."""
-        run = self._run(prior, data, _FromVector(self.sites, z), log_prob=False)
+        """Maps z, (D,), to the value of every latent site on its support. Outputs may be None."""
+        run = self._run(prior, data, _FromParts(self.sites, self._split(z)))
         return {name: run.records[name].value for name in self.sites}
 
     def unconstrain(self, values: Tensors, prior: Tensors, data: Data) -> Tensor:
@@ -78,29 +81,28 @@ class Density:
         missing = sorted(set(self.sites) - set(values))
         if missing:
             raise ValueError(f"no value for latent sites {missing}; give one for each of {list(self.sites)}")
-        run = self._run(prior, data, lambda name, fn: values[name], log_prob=False)
-        return self._flatten({name: run.records[name] for name in self.sites})
+        return self._to_vector(prior, data, lambda name, fn: values[name])
 
     def draw_prior(self, prior: Tensors, data: Data) -> Tensor:
         """Draws z, (D,), from p(z | prior) with torch's generator, reparameterised so that gradients reach
         the prior; call it under `vmap(randomness="different")` for many draws."""
-        run = self._run(prior, data, lambda name, fn: reparameterised(fn), log_prob=False)
-        z = self._flatten({name: run.records[name] for name in self.sites})
-        return torch.where(torch.isfinite(z), z, 0.0)
+        return _finite(self._to_vector(prior, data, lambda name, fn: reparameterised(fn)))
 
     def initial_particles(self, num_particles: int, data: Data) -> Tensor:
         """Distinct starting particles, (M, D): a site's own `infer={"init": draw}` where it gives one, else
-        draws from the initial prior. Call it under a seed."""
-        rows = []
-        for _ in range(num_particles):
-            run = self._run(self.prior, data, self._draw_initial, log_prob=False)
-            rows.append(self._flatten({name: run.records[name] for name in self.sites}))
-        z = torch.stack(rows)
-        return torch.where(torch.isfinite(z), z, 0.0)
+        draws from the initial prior, or around the middle of the support of a site that has no draws. Call it
+        under a seed."""
+        draws = [self._to_vector(self.prior, data, self._draw_initial) for _ in range(num_particles)]
+        return _finite(torch.stack(draws))
 
     def _draw_initial(self, name: str, fn: Any) -> Tensor:
         init = self.sites[name].init
-        return fn.sample() if init is None else init()
+        if init is not None:
+            return init()
+        try:
+            return fn.sample()
+        except NotImplementedError:
+            return feasible_point(fn)
 
     def simulate(self, z: Tensor, prior: Tensors, data: Data) -> dict[str, Tensor]:
         """Draws every observed site given z with torch's generator, and evaluates deterministic sites.
@@ -111,16 +113,16 @@ class Density:
             data: Inputs; outputs are ignored and replaced by None.
 
         Returns:
-            Observed and deterministic sites by name.
+            Observed and deterministic sites by name; no `pyro.factor`.
         """
-        assign = _FromVector(self.sites, z)
+        assign = _FromParts(self.sites, self._split(z))
 
         def draw(name: str, fn: Any) -> Tensor:
-            value = assign(name, fn)
-            return reparameterised(fn) if value is None else value
+            return assign(name, fn) if name in self.sites else reparameterised(fn)
 
-        run = self._run(prior, self.without_outputs(data), draw, log_prob=False)
-        drawn = {name: record.value for name, record in run.records.items() if name not in self.sites}
+        run = Sites(draw, log_prob=False, resample=True)
+        execute(self.model, prior, self.without_outputs(data), run, networks=bool(self.networks))
+        drawn = {k: r.value for k, r in run.records.items() if k not in self.sites and not is_factor(r.fn)}
         return drawn | run.deterministic
 
     def without_outputs(self, data: Data) -> dict[str, Tensor | None]:
@@ -132,86 +134,142 @@ class Density:
         """Moves the initial meta-parameters."""
         return replace(self, prior={k: v.to(device=device, dtype=dtype) for k, v in self.prior.items()})
 
-    def _log_probs(
-        self, z: Tensor, prior: Tensors, data: Data, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        assign = _FromVector(self.sites, z)
-        filled = data if mask is None else _fill_padding(data, mask)
-        run = self._run(prior, filled, assign, log_prob=True)
-        log_prior = assign.log_det
-        log_likelihood = {}
-        for name, record in run.records.items():
-            assert record.log_prob is not None
-            if name in self.sites:
-                log_prior = log_prior + record.log_prob.sum()
-            else:
-                log_likelihood[name] = self._apply_mask(name, record.log_prob, mask)
-        return log_prior, log_likelihood
+    def _split(self, z: Tensor) -> dict[str, Tensor]:
+        return {name: z[site.slice] for name, site in self.sites.items()}
 
-    def _apply_mask(self, name: str, log_prob: Tensor, mask: Tensor | None) -> Tensor:
-        dim = self.plate_dims[name]
-        if mask is None or dim is None:
-            return log_prob
-        return log_prob * mask.reshape(mask.shape + (1,) * (-1 - dim)).to(log_prob.dtype)
+    def _log_joint_of_parts(self, parts: Tensors, prior: Tensors, data: Data, mask: Tensor | None = None) -> Tensor:
+        log_prior, run = self._evaluate(parts, prior, data, mask)
+        return log_prior + sum(value.sum() for value in self._mask_likelihoods(run, data, mask).values())
+
+    def _evaluate(self, parts: Tensors, prior: Tensors, data: Data, mask: Tensor | None) -> tuple[Tensor, Sites]:
+        assign = _FromParts(self.sites, parts)
+        filled = data if mask is None else self._fill_padding(data, mask)
+        run = self._run(prior, filled, assign, log_prob=True)
+        log_probs = [_log_prob(run.records[name]).sum() for name in self.sites]
+        return torch.stack([*assign.log_dets, *log_probs]).sum(), run
+
+    def _fill_padding(self, data: Data, mask: Tensor) -> dict[str, Tensor | None]:
+        """Repeats the first real observation where data is padded: a padded zero may be outside a support or
+        a log's domain, and its infinite gradient would survive the mask."""
+        first = mask.to(torch.uint8).argmax().reshape(1)
+        filled = dict(data)
+        for key, value in data.items():
+            if value is not None and self._has_rows(key, value, mask):
+                rows = (1,) * (value.ndim - 1)
+                usual = 0.5 if value.is_floating_point() else False  # inside most supports
+                stand_in = torch.where(mask.any(), value.index_select(0, first), usual)
+                filled[key] = torch.where(mask.reshape(mask.shape + rows), value, stand_in)
+        return filled
+
+    def _has_rows(self, key: str, value: Tensor, mask: Tensor) -> bool:
+        return key not in self.constants and value.ndim > 0 and value.shape[0] == mask.shape[-1]
+
+    def _mask_likelihoods(self, run: Sites, data: Data, mask: Tensor | None) -> dict[str, Tensor]:
+        masked = {}
+        for name, record in run.records.items():
+            if name in self.sites:
+                continue
+            if not record.is_observed:
+                key = self.observed.get(name)
+                what = f"give data {key!r}" if key else "declare the same sites in every run"
+                raise ValueError(f"site {name!r} is not observed in this run, and has no likelihood; {what}")
+            log_prob, dim = _log_prob(record), self.plate_dims[name]
+            if mask is not None and dim is not None:
+                real = mask.reshape(mask.shape + (1,) * (-1 - dim))
+                log_prob = torch.where(real, log_prob, torch.zeros_like(log_prob))
+            elif mask is not None:
+                self._refuse_unmaskable(name, record, data, mask)
+            masked[name] = log_prob
+        return masked
+
+    def _refuse_unmaskable(self, name: str, record: Record, data: Data, mask: Tensor) -> None:
+        key = self.observed[name]
+        value = None if key is None else data.get(key)
+        is_constant = key is not None and (value is None or not self._has_rows(key, value, mask))
+        if not is_constant and not is_factor(record.fn):
+            raise ValueError(
+                f"observed site {name!r} has no plate over observations, so that padded ones cannot be left out; "
+                'write `with pyro.plate("data", n):` around it with n the number of rows, and no to_event over them'
+            )
 
     def _run(
-        self,
-        prior: Tensors,
-        data: Data,
-        assign: Callable[[str, Any], Tensor | None],
-        *,
-        log_prob: bool,
+        self, prior: Tensors, data: Data, assign: Callable[[str, Any], Tensor], *, log_prob: bool = False
     ) -> Sites:
-        handler = Sites(assign, log_prob)
-        return execute(self.model, prior, data, handler, networks=bool(self.networks))
+        run = execute(self.model, prior, data, Sites(assign, log_prob=log_prob), networks=bool(self.networks))
+        if missing := [name for name in self.sites if name not in run.records]:
+            raise ValueError(
+                f"latent site {missing[0]!r} is missing from this run, and was there when the model was first traced; "
+                "declare the same sites in every run"
+            )
+        return run
 
-    def _flatten(self, records: Mapping[str, Record]) -> Tensor:
-        parts = [biject_to(r.fn.support).inv(r.value).reshape(-1) for r in records.values()]
-        return torch.cat(parts)
+    def _to_vector(self, prior: Tensors, data: Data, value: Callable[[str, Any], Tensor]) -> Tensor:
+        assign = _ToVector(self.sites, value)
+        self._run(prior, data, assign)
+        return torch.cat([assign.parts[name] for name in self.sites])
 
 
-class _FromVector:
-    """Assigns each latent site its slice of z, on the site's support, and sums the log-Jacobians."""
+class _FromParts:
+    """Assigns each latent site its coordinates, on the site's support, and keeps the log-Jacobians."""
 
-    def __init__(self, sites: Mapping[str, Site], z: Tensor) -> None:
+    def __init__(self, sites: Mapping[str, Site], parts: Tensors) -> None:
         self.sites = sites
-        self.z = z
-        self.log_det = z.new_zeros(())
+        self.parts = parts
+        self.log_dets: list[Tensor] = []
 
-    def __call__(self, name: str, fn: Any) -> Tensor | None:
+    def __call__(self, name: str, fn: Any) -> Tensor:
         if name not in self.sites:
-            return None
+            return _stand_in(fn)
         site = self.sites[name]
-        unconstrained = self.z[site.start : site.stop].reshape(site.unconstrained_shape)
-        transform = biject_to(fn.support)
+        if fn.batch_shape + fn.event_shape != site.shape:
+            raise ValueError(
+                f"latent site {name!r} has shape {tuple(fn.batch_shape + fn.event_shape)}, and had {tuple(site.shape)} "
+                "when the model was first traced; a latent value per observation needs tasks of equal length"
+            )
+        unconstrained = self.parts[name].reshape(site.unconstrained_shape)
+        transform = bijection(fn.support)
         value = transform(unconstrained)
-        self.log_det = self.log_det + transform.log_abs_det_jacobian(unconstrained, value).sum()
+        self.log_dets.append(transform.log_abs_det_jacobian(unconstrained, value).sum())
         return value
 
 
-def _fill_padding(data: Data, mask: Tensor) -> dict[str, Tensor | None]:
-    """Repeats the first real observation where data is padded: a padded zero may be outside a support or
-    a log's domain, and its infinite gradient would survive the mask."""
-    first = mask.to(torch.uint8).argmax().reshape(1)
-    filled = {}
-    for key, value in data.items():
-        if value is not None and value.ndim and value.shape[0] == mask.shape[-1]:
-            real = mask.reshape(mask.shape + (1,) * (value.ndim - 1))
-            value = torch.where(real, value, value.index_select(0, first))
-        filled[key] = value
-    return filled
+class _ToVector:
+    """Assigns each latent site a value and keeps its unconstrained coordinates."""
+
+    def __init__(self, sites: Mapping[str, Site], value: Callable[[str, Any], Tensor]) -> None:
+        self.sites = sites
+        self.value = value
+        self.parts: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, fn: Any) -> Tensor:
+        if name not in self.sites:
+            return _stand_in(fn)
+        value = self.value(name, fn)
+        self.parts[name] = bijection(fn.support).inv(value).reshape(-1)
+        return value
 
 
-def _total(log_likelihood: Mapping[str, Tensor], z: Tensor) -> Tensor:
-    return sum((value.sum() for value in log_likelihood.values()), start=z.new_zeros(()))
+def _stand_in(fn: Any) -> Tensor:
+    """A value for an output that is not given, where only latents are asked for."""
+    return torch.zeros(fn.batch_shape + fn.event_shape)
 
 
-def from_model(model: Model, data: Data) -> Density:
+def _finite(z: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(z), z, 0.0)
+
+
+def _log_prob(record: Record) -> Tensor:
+    assert record.log_prob is not None
+    return record.log_prob
+
+
+def from_model(model: Model, data: Data, constants: Collection[str] = ()) -> Density:
     """Makes the log density of a task from a Pyro model and one task's example data.
 
     Args:
         model: Any callable on keyword tensors: a function, an `nn.Module`, a `PyroModule`.
         data: One task's keyword arguments, (N, ...) each; outputs must be given so that observed sites show.
+        constants: Keys of what is known once per task and has no row per observation.
 
     Returns:
         The density; its `prior` holds a copy of every meta-parameter's initial value.
@@ -219,7 +277,7 @@ def from_model(model: Model, data: Data) -> Density:
     Raises:
         ValueError: If the model cannot be a task model; the message names the site and what to write.
     """
-    found: Discovery = discover(model, data)
+    found: Discovery = discover(model, data, constants)
     density = Density(
         model=model,
         sites=found.sites,
@@ -228,6 +286,7 @@ def from_model(model: Model, data: Data) -> Density:
         constraints=found.constraints,
         networks=found.networks,
         plate_dims=found.plate_dims,
+        constants=frozenset(constants),
     )
-    check_vectorised(density.log_joint, found, data)
+    check_vectorised(density._log_joint_of_parts, found, data)
     return density

@@ -1,24 +1,28 @@
 """The first run of a model: which sites, observations and meta-parameters it has, and what it may not have."""
 
-import gc
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints, transform_to
 from torch.func import grad, vmap
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from bmaml_ppl.handlers import is_deterministic, isolated_store
+from bmaml_ppl.bijections import bijection
+from bmaml_ppl.handlers import ambient, is_deterministic, isolated_store
 from bmaml_ppl.types import Model
 
-__all__ = ["Discovery", "Site", "check_vectorised", "discover"]
+__all__ = ["Discovery", "Site", "check_vectorised", "discover", "feasible_point"]
 
 
 @dataclass(frozen=True)
@@ -67,131 +71,213 @@ class _Inspect(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.messages: dict[str, dict[str, Any]] = {}
-        self.networks: dict[str, nn.Parameter] = {}
+        self.params: dict[str, Tensor] = {}
+        self.constraints: dict[str, constraints.Constraint] = {}
+        self.networks: set[str] = set()
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
-        if len(msg["args"]) > 1 and isinstance(msg["args"][1], nn.Parameter):
-            self.networks[msg["name"]] = msg["args"][1]
+        name = msg["name"]
+        initial = msg["args"][1] if len(msg["args"]) > 1 else None
+        msg["done"], msg["value"] = True, initial
+        if isinstance(initial, nn.Parameter):
+            if not initial.requires_grad:
+                return
+            self.networks.add(name)
+        if name not in self.params:
+            self.constraints[name], self.params[name] = _initial_value(name, initial, msg["kwargs"])
+        if name not in self.networks:
+            msg["value"] = self.params[name]
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["fn"], _Subsample) or msg["is_observed"]:
+            return
+        _refuse_latent(msg["name"], msg["fn"])
+        try:
+            msg["value"] = msg["fn"]()
+        except NotImplementedError:
+            msg["value"] = feasible_point(msg["fn"])
+        msg["done"] = True
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         name, fn = msg["name"], msg["fn"]
         if isinstance(fn, _Subsample):
-            _refuse_subsample(name, fn)
             return
+        for frame in msg["cond_indep_stack"]:
+            if frame.full_size is not None and frame.size != frame.full_size:
+                raise ValueError(
+                    f"plate {frame.name!r} at site {name!r} subsamples {frame.size} of {frame.full_size} rows; write "
+                    f"pyro.plate({frame.name!r}, x.shape[0]) and let Tasks.sample_batch choose the observations"
+                )
         if name in self.messages:
             raise ValueError(
                 f"site {name!r} is used twice; give each pyro.sample its own name, or write one vectorised "
                 f"site, for example pyro.sample({name!r}, dist.Normal(loc, scale).expand([n]).to_event(1))"
             )
-        if not msg["is_observed"] and not fn.has_rsample and fn.support.is_discrete:
-            raise ValueError(
-                f"latent site {name!r} is discrete ({type(fn).__name__}); sum it out by hand (for example with "
-                "torch.logsumexp over its values, or dist.MixtureSameFamily), or give a continuous "
-                "relaxation. Enumeration of discrete latents is not offered yet."
-            )
         self.messages[name] = dict(msg)
 
 
-def _refuse_subsample(name: str, fn: Any) -> None:
-    if fn.subsample_size is not None and fn.subsample_size < fn.size:
+def _initial_value(name: str, initial: Any, settings: Mapping[str, Any]) -> tuple[constraints.Constraint, Tensor]:
+    store = pyro.get_param_store()
+    constraint = settings.get("constraint", constraints.real)
+    if initial is None and name not in store:
         raise ValueError(
-            f"plate {name!r} subsamples {fn.subsample_size} of {fn.size} rows; write "
-            f"pyro.plate({name!r}, x.shape[0]) and let Tasks.sample_batch choose the observations"
+            f"pyro.param {name!r} has no initial value; write pyro.param({name!r}, initial_tensor), since the global "
+            "parameter store is not read"
         )
+    if initial is None:  # a PyroParam puts its own tensor into the store before it asks
+        constraint = store._constraints[name]
+        value = transform_to(constraint)(store._params[name])
+    else:
+        value = initial() if callable(initial) else initial
+    value = value.detach().clone()
+    if not bool(constraint.check(value).all()):
+        raise ValueError(
+            f"pyro.param {name!r} starts at {value.tolist()}, outside its constraint {constraint}; give an initial "
+            "value inside it"
+        )
+    return constraint, value
 
 
-def discover(model: Model, data: Mapping[str, Tensor | None]) -> Discovery:
+def _refuse_latent(name: str, fn: Any) -> None:
+    if isinstance(getattr(fn, "base_dist", fn), dist.Delta):
+        raise ValueError(
+            f"latent site {name!r} is a Delta and has no density; write pyro.deterministic({name!r}, value) instead"
+        )
+    if fn.support.is_discrete:
+        raise ValueError(
+            f"latent site {name!r} is discrete ({type(fn).__name__}); sum it out by hand (for example with "
+            "torch.logsumexp over its values, or dist.MixtureSameFamily), or give a continuous "
+            "relaxation. Enumeration of discrete latents is not offered yet."
+        )
+    try:
+        bijection(fn.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"latent site {name!r} ({type(fn).__name__}) lives on {fn.support}, which has no "
+            "bijection to unconstrained space; choose a distribution on a supported support"
+        ) from error
+
+
+def feasible_point(fn: Any) -> Tensor:
+    """A draw around the middle of a distribution's support, for one that cannot be sampled (ImproperUniform).
+
+    Args:
+        fn: A Pyro distribution.
+
+    Returns:
+        A value of the distribution's full shape.
+    """
+    transform = bijection(fn.support)
+    value: Tensor = transform(torch.randn(transform.inverse_shape(fn.batch_shape + fn.event_shape)))
+    return value
+
+
+def discover(model: Model, data: Mapping[str, Tensor | None], constants: Collection[str] = ()) -> Discovery:
     """Runs a model once on example data in an empty parameter store, the user's generators untouched.
 
     Args:
         model: The user's model.
         data: One task's keyword arguments.
+        constants: Keys of what is known once per task and has no row per observation.
 
     Raises:
         ValueError: For a model that cannot be a task model; names the site and what to write instead.
+        TypeError: If the model does not take the data's keys as keyword arguments.
     """
-    inspect = _Inspect()
-    with torch.random.fork_rng(), isolated_store(), pyro.poutine.block():
-        with inspect, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
-            _call(model, data)
-        state = pyro.get_param_store().get_state()
-        params = {name: pyro.param(name).detach().clone() for name in state["params"]}
-    _refuse_running_statistics(model, inspect)
-    latent = {k: m for k, m in inspect.messages.items() if not m["is_observed"]}
-    observed = {k: m for k, m in inspect.messages.items() if m["is_observed"] and not is_deterministic(m)}
-    if not observed:
-        raise ValueError(
-            f"the model observes nothing; its sites are {sorted(inspect.messages)}. Condition one on data, for example "
-            'pyro.sample("obs", dist.Normal(mean, noise), obs=y), and pass y in the data'
-        )
-    if not latent:
-        raise ValueError(
-            f"the model has no latent site; its observed sites are {sorted(observed)}. Give the task parameters of "
-            'its own, for example pyro.sample("coef", dist.Normal(mean, scale))'
-        )
+    _check_arguments(model, data)
+    seen = _Inspect()
+    with _clean_room(data), seen:
+        model(**data)
+    _refuse_sites(seen)
+    latent = {k: m for k, m in seen.messages.items() if not m["is_observed"]}
+    observed = {k: m for k, m in seen.messages.items() if m["is_observed"] and not is_deterministic(m)}
+    sources = {name: _source(m["value"], data) for name, m in observed.items()}
     return Discovery(
         sites=_layout(latent),
-        observed={name: _source(m["value"], data) for name, m in observed.items()},
-        params=params,
-        constraints={k: state["constraints"][k] for k in params},
-        networks=frozenset(inspect.networks),
-        plate_dims={name: _plate_dim(m, data) for name, m in observed.items()},
+        observed=sources,
+        params=seen.params,
+        constraints=seen.constraints,
+        networks=frozenset(seen.networks),
+        plate_dims={name: _plate_dim(m, sources[name], data, constants) for name, m in observed.items()},
     )
 
 
-def _call(model: Model, data: Mapping[str, Tensor | None]) -> None:
+def _check_arguments(model: Model, data: Mapping[str, Any]) -> None:
     try:
-        model(**data)
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(**data)
     except TypeError as error:
-        if "argument" in str(error):
-            raise TypeError(
-                f"the model was called with the keyword arguments {sorted(data)} and refused them: {error}. "
-                "Name the model's arguments as the data's keys"
-            ) from error
-        raise
-    except KeyError as error:
-        raise ValueError(
-            f"pyro.param {error} has no initial value; write pyro.param(name, initial_tensor), since "
-            "the global parameter store is not read"
+        raise TypeError(
+            f"the model takes {signature} and was called with the keyword arguments {sorted(data)}: {error}. "
+            "Name the model's arguments as the data's keys"
         ) from error
 
 
-def _refuse_running_statistics(model: Model, inspect: _Inspect) -> None:
-    """Looks for batch normalisation among the modules that own the registered parameters."""
-    registered = {id(p): name for name, p in inspect.networks.items()}
-    roots = [model] if isinstance(model, nn.Module) else []
-    for layer in [m for root in roots for m in root.modules()] + _owners(inspect):
-        running = getattr(layer, "track_running_stats", False) and getattr(layer, "training", False)
-        if isinstance(layer, nn.modules.batchnorm._NormBase) and running:
-            name = next((registered[id(p)] for p in layer.parameters() if id(p) in registered), "")
-            raise ValueError(
-                f"{type(layer).__name__} ({name or 'in the model'}) keeps running statistics, which tasks in "
-                "one batch would share; write track_running_stats=False, or use nn.GroupNorm or nn.LayerNorm"
-            )
+@contextmanager
+def _clean_room(data: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Keeps the parameter store and the generators as they were, and watches for running statistics."""
+    tensors = [value for value in data.values() if value is not None]
+    generators = pyro.util.get_rng_state()
+    with ExitStack() as stack:
+        stack.callback(pyro.util.set_rng_state, generators)
+        stack.enter_context(torch.random.fork_rng(devices=[v.device for v in tensors[:1] if v.is_cuda]))
+        stack.enter_context(ambient(tensors))
+        stack.enter_context(pyro.settings.context(module_local_params=False))
+        stack.enter_context(isolated_store())
+        stack.enter_context(pyro.poutine.block())
+        stack.callback(register_module_forward_pre_hook(_RunningStatistics()).remove)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+        yield
 
 
-def _owners(inspect: _Inspect) -> list[nn.Module]:
-    """Modules that own a registered parameter, found through the garbage collector's references."""
-    wanted = {id(p) for p in inspect.networks.values()}
-    if not wanted:
-        return []
-    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.modules.batchnorm._NormBase)]
-    return [m for m in modules if any(id(p) in wanted for p in m._parameters.values())]
+class _RunningStatistics:
+    """Refuses layers that would write running statistics, before they do, wherever in the model they are."""
+
+    def __init__(self) -> None:
+        self.callers: list[nn.Module] = []
+
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        self.callers.append(layer)
+        if not isinstance(layer, nn.modules.batchnorm._NormBase) or not (layer.training and layer.track_running_stats):
+            return
+        paths = [(type(root).__name__, path) for root in self.callers for path, m in root.named_modules() if m is layer]
+        root, path = paths[0]
+        raise ValueError(
+            f"{type(layer).__name__} ({f'{path!r} of {root}' if path else 'in the model'}) keeps running statistics, "
+            "which tasks in one batch would share; write track_running_stats=False, or use nn.GroupNorm or nn.LayerNorm"
+        )
+
+
+def _refuse_sites(seen: _Inspect) -> None:
+    messages = seen.messages
+    if shared := sorted(set(messages) & set(seen.params)):
+        raise ValueError(f"{shared[0]!r} names both a pyro.param and a site; rename one of them")
+    if not any(m["is_observed"] and not is_deterministic(m) for m in messages.values()):
+        raise ValueError(
+            f"the model observes nothing; its sites are {sorted(messages)}. Condition one on data, for example "
+            'pyro.sample("obs", dist.Normal(mean, noise), obs=y), and pass y in the data'
+        )
+    if all(m["is_observed"] for m in messages.values()):
+        raise ValueError(
+            f"the model has no latent site; its observed sites are {sorted(messages)}. Give the task parameters of "
+            'its own, for example pyro.sample("coef", dist.Normal(mean, scale))'
+        )
+
+
+_HALF_LINE = "choose a distribution on constraints.positive or greater_than, such as dist.Pareto"
 
 
 def _layout(latent: Mapping[str, Mapping[str, Any]]) -> dict[str, Site]:
     sites, start = {}, 0
     for name, msg in latent.items():
-        support = msg["fn"].support
-        value: Tensor = msg["value"]
-        try:
-            unconstrained_shape = biject_to(support).inv(value).shape
-        except NotImplementedError as error:
-            raise ValueError(
-                f"latent site {name!r} ({type(msg['fn']).__name__}) lives on {support}, which has no "
-                "bijection to unconstrained space; choose a distribution on a supported support"
-            ) from error
+        support, value = msg["fn"].support, msg["value"]
+        unconstrained_shape = bijection(support).inverse_shape(value.shape)
+        if not bool(torch.isfinite(bijection(support)(value.new_zeros(unconstrained_shape))).all()):
+            raise ValueError(f"latent site {name!r} lives on {support}, an interval without an end; {_HALF_LINE}")
         stop = start + prod(unconstrained_shape)
         sites[name] = Site(name, value.shape, support, unconstrained_shape, start, stop, msg["infer"].get("init"))
         start = stop
@@ -200,59 +286,91 @@ def _layout(latent: Mapping[str, Mapping[str, Any]]) -> dict[str, Site]:
 
 def _source(value: Tensor, data: Mapping[str, Tensor | None]) -> str | None:
     """The data key an observed value came from: the same tensor, or one equal to it."""
-    tensors = {key: tensor for key, tensor in data.items() if tensor is not None}
+    tensors = {key: tensor for key, tensor in data.items() if tensor is not None and tensor.numel() == value.numel()}
     for key, tensor in tensors.items():
         if value is tensor:
             return key
     for key, tensor in tensors.items():
-        if value.numel() == tensor.numel() and torch.equal(value.reshape(-1).to(tensor), tensor.reshape(-1)):
+        dtype = torch.promote_types(value.dtype, tensor.dtype)
+        if value.numel() and torch.equal(value.reshape(-1).to(dtype), tensor.reshape(-1).to(dtype)):
             return key
     return None
 
 
-def _plate_dim(msg: Mapping[str, Any], data: Mapping[str, Tensor | None]) -> int | None:
+def _plate_dim(
+    msg: Mapping[str, Any], source: str | None, data: Mapping[str, Tensor | None], constants: Collection[str]
+) -> int | None:
     """The batch dimension (from the right) that runs over observations; None for one value a task."""
-    lengths = {tensor.shape[0] for tensor in data.values() if tensor is not None and tensor.ndim}
+    if source in constants:
+        return None
+    key = data[source] if source is not None else None
+    if key is not None and key.shape == msg["value"].shape:
+        return -(key.ndim - msg["fn"].event_dim) or None
+    lengths = {v.shape[0] for k, v in data.items() if v is not None and v.ndim and k not in constants}
     frames = [f.dim for f in msg["cond_indep_stack"] if f.dim is not None and f.size in lengths]
     if frames:
-        return max(frames)
+        return min(frames)
     batch_shape = msg["fn"].batch_shape
-    if batch_shape and batch_shape[0] in lengths:
-        return -len(batch_shape)
-    return None
+    return -len(batch_shape) if batch_shape and batch_shape[0] in lengths else None
 
 
 def check_vectorised(log_joint: Callable[..., Tensor], found: Discovery, data: Mapping[str, Tensor | None]) -> None:
-    """Differentiates the density under vmap, one latent site at a time, so that a fault has a name.
+    """Runs the density under vmap, over latents (with its gradient) and over data, so that a fault has a name.
+
+    Args:
+        log_joint: `log_joint(parts, prior, data)`, where parts maps each latent site to its coordinates.
+        found: What the first run showed.
+        data: One task's keyword arguments.
 
     Raises:
-        ValueError: If the model branches in Python on a latent value or on the data.
+        ValueError: If the model branches in Python on a latent value or on the data, writes into a tensor in
+            place, or draws random numbers of its own; names the site or the data's key.
     """
-    dim = sum(site.stop - site.start for site in found.sites.values())
-    like = next(value for value in data.values() if value is not None and value.is_floating_point())
-    point = like.new_full((2, dim), 0.1)
+    tensors = {key: value for key, value in data.items() if value is not None}
+    likes = [v for v in [*tensors.values(), *found.params.values()] if v.is_floating_point()]
+    like = likes[0] if likes else torch.ones(())
+    points = {site.name: like.new_full((2, site.stop - site.start), 0.1) for site in found.sites.values()}
+    pairs = {key: torch.stack([value, value]) for key, value in tensors.items()}
+
+    def along(parts: Mapping[str, Tensor], some: Mapping[str, Tensor]) -> Tensor:
+        return log_joint({k: v[0] for k, v in points.items()} | dict(parts), found.params, {**data, **some})
+
+    sites = {f"site {k!r}": (lambda v, k=k: along({k: v}, {}), point) for k, point in points.items()}
+    keys = {f"data {k!r}": (lambda v, k=k: along({}, {k: v}), pair) for k, pair in pairs.items()}
+    with _clean_room(data):
+        _vectorise(lambda parts: grad(along)(parts, {}), points, sites)
+        _vectorise(lambda rows: along({}, rows), pairs, keys)
+
+
+_Part = tuple[Callable[[Tensor], Tensor], Tensor]
+
+
+def _vectorise(function: Callable[[Any], Any], rows: Any, parts: Mapping[str, _Part]) -> None:
     try:
-        vmap(lambda z: grad(log_joint)(z, found.params, data))(point)
-    except RuntimeError as error:
-        for name, site in found.sites.items():
-            if _fails_alone(log_joint, found, data, point, site):
-                raise ValueError(
-                    f"the model cannot be vectorised over site {name!r}: it branches in Python on its value, "
-                    "or calls .item() or float() on it. Write torch.where(condition, a, b) instead. "
-                    f"(torch: {str(error).splitlines()[0]})"
-                ) from error
+        vmap(function)(rows)
+    except (RuntimeError, TypeError):
+        for what, (of_part, part_rows) in parts.items():
+            try:
+                vmap(of_part)(part_rows)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(_explain(what, error)) from error
         raise
 
 
-def _fails_alone(
-    log_joint: Callable[..., Tensor], found: Discovery, data: Mapping[str, Any], point: Tensor, site: Site
-) -> bool:
-    def along(part: Tensor) -> Tensor:
-        z = torch.cat([point[0, : site.start], part, point[0, site.stop :]])
-        return log_joint(z, found.params, data)
-
-    try:
-        vmap(along)(point[:, site.slice])
-    except RuntimeError:
-        return True
-    return False
+def _explain(what: str, error: Exception) -> str:
+    text = str(error).strip()
+    if isinstance(error, NotImplementedError):
+        return f"the density of {what} is not implemented ({text or 'by Pyro'}); choose another distribution"
+    if "randomness" in text:
+        return (
+            "the model draws random numbers outside pyro.sample (torch.rand, dropout in training mode, or a network "
+            "made inside the model and not registered); write pyro.param(name, lambda: torch.randn(n)) for a random "
+            "initial value, call .eval() on a network with dropout, and make networks outside the model"
+        )
+    if "atching rule" in text:
+        return f"the model uses an operation on {what} that torch cannot vectorise; write it in others ({text})"
+    reason = "it branches in Python on its value, calls .item(), float() or numpy on it, or selects with it"
+    advice = "Write torch.where(condition, a, b), and torch functions instead of math and numpy"
+    if "inplace" in text or "in-place" in text:
+        reason, advice = "it is written into a tensor in place", "Write torch.stack or torch.cat instead"
+    return f"the model cannot be vectorised over {what}: {reason}. {advice}. (torch: {text.partition(chr(10))[0]})"

@@ -7,9 +7,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
+from bmaml_ppl.bijections import bijection
 from bmaml_ppl.density import Density
+from bmaml_ppl.handlers import Sites, execute
 from bmaml_ppl.types import Tensors
 
 __all__ = ["particle_guide"]
@@ -43,11 +44,10 @@ def particle_guide(
             z = particles[0]
         else:
             z = pyro.sample("_z", mixture, infer={"is_auxiliary": True})
-        values = density.constrain(z, params, data)
-        for name, site in density.sites.items():
-            log_density = _log_det(site.support, z[site.slice].reshape(site.unconstrained_shape), values[name])
-            point = dist.Delta(values[name], log_density=log_density if mixture else 0.0, event_dim=values[name].dim())
-            values[name] = pyro.sample(name, point)
+        values, log_dets = _constrain(density, z, params, data)
+        for name, value in values.items():
+            log_density = -log_dets[name] if mixture is not None else 0.0
+            values[name] = pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=value.dim()))
         return values
 
     return guide
@@ -71,6 +71,19 @@ def _shrunk_mixture(particles: Tensor) -> Any:
     return dist.MixtureSameFamily(weights, dist.MultivariateNormal(loc, scale_tril=scale_tril.expand(num, dim, dim)))
 
 
-def _log_det(support: Any, unconstrained: Tensor, value: Tensor) -> Tensor:
-    """Log density of a constrained value relative to its unconstrained one, a scalar."""
-    return -biject_to(support).log_abs_det_jacobian(unconstrained, value).sum()
+def _constrain(
+    density: Density, z: Tensor, params: Tensors, data: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every latent's value at z, (D,), and the log-Jacobian of its transform, as this run's supports have it."""
+    values, log_dets = {}, {}
+
+    def assign(name: str, fn: Any) -> Tensor:
+        site = density.sites[name]
+        unconstrained = z[site.slice].reshape(site.unconstrained_shape)
+        transform = bijection(fn.support)
+        values[name] = transform(unconstrained)
+        log_dets[name] = transform.log_abs_det_jacobian(unconstrained, values[name]).sum()
+        return values[name]
+
+    execute(density.model, params, data, Sites(assign, log_prob=False), networks=bool(density.networks))
+    return values, log_dets

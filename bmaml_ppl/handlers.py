@@ -1,10 +1,11 @@
 """Pyro effect handlers that turn a model into a pure function of latents, meta-parameters and data."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from bmaml_ppl.types import Model, Tensors
 
-__all__ = ["Record", "Sites", "execute", "is_deterministic", "isolated_store"]
+__all__ = ["Record", "Sites", "ambient", "execute", "is_deterministic", "is_factor", "isolated_store"]
 
 
 class Record(NamedTuple):
@@ -40,26 +41,71 @@ def is_deterministic(msg: Mapping[str, Any]) -> bool:
     return bool(msg["infer"].get("_deterministic", False))
 
 
+def is_factor(fn: Any) -> bool:
+    """Tells whether a distribution is that of a `pyro.factor` statement."""
+    return isinstance(getattr(fn, "base_dist", fn), dist.Unit)
+
+
+_FILLS = {Tensor.uniform_, Tensor.normal_} | {
+    getattr(nn.init, name)
+    for name in dir(nn.init)
+    if name.startswith(("uniform", "normal", "trunc_normal", "xavier", "kaiming")) and name.endswith("_")
+}
+
+
 class _SwapParameters(TorchFunctionMode):
     """Uses functional tensors wherever a registered `nn.Parameter` is an argument.
 
     Pyro offers no way to answer a network's parameters: answering the messages of `pyro.module`
     leaves the module's own tensors in use and their gradient silently zero. Swapping by identity at
     the level of torch functions serves `pyro.module`, `PyroModule` and nested lists alike, touches
-    no module, and is local to the thread.
+    no module, and is local to the thread. A network made inside the model starts anew on each run, where
+    its random initial values are left out: they are swapped too, or refused by `check_registered`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self.filled: dict[int, nn.Parameter] = {}
+        self.unswapped: dict[int, nn.Parameter] = {}
+
+    def check_registered(self) -> None:
+        """Refuses parameters that were used before they were registered, or made in this run and never registered."""
+        for key, parameter in self.unswapped.items():
+            if key in self.values or key in self.filled:
+                raise ValueError(
+                    f"a network in the model uses a parameter of shape {tuple(parameter.shape)} that was not "
+                    'registered by then; write network = pyro.module("name", network) before its first use'
+                )
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*map(self._swap, args), **{k: self._swap(v) for k, v in (kwargs or {}).items()})
+        if func in _FILLS:
+            filled = args[0] if args else (kwargs or {})["tensor"]
+            if isinstance(filled, nn.Parameter):
+                self.filled[id(filled)] = filled
+                with torch.no_grad():
+                    return filled.zero_()
+        seen: list[nn.Parameter] = []
+        result = func(
+            *(self._swap(v, seen) for v in args), **{k: self._swap(v, seen) for k, v in (kwargs or {}).items()}
+        )
+        if seen and isinstance(result, Tensor) and torch.is_grad_enabled():  # neither initialisation nor shapes
+            self.unswapped.update({id(parameter): parameter for parameter in seen})
+        return result
 
-    def _swap(self, value: Any) -> Any:
+    def _swap(self, value: Any, seen: list[nn.Parameter]) -> Any:
         if type(value) in (list, tuple):
-            return type(value)(map(self._swap, value))
-        return self.values[id(value)][1] if id(value) in self.values else value
+            return type(value)(self._swap(v, seen) for v in value)
+        if not isinstance(value, nn.Parameter):
+            return value
+        if id(value) in self.values:
+            return self.values[id(value)][1]
+        seen.append(value)
+        return value
+
+
+_MODULE_SEPARATOR = "$$$"
+"""What `pyro.module` writes between the name of a network and that of its parameter."""
 
 
 class _AnswerParams(Messenger):
@@ -72,40 +118,46 @@ class _AnswerParams(Messenger):
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
+        initial = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(initial, nn.Parameter) and not initial.requires_grad:
+            msg["value"], msg["done"] = initial, True
+            return
         if name not in self.params:
             raise KeyError(
                 f"the model asks for pyro.param {name!r}, which it did not have when it was first traced; "
                 f"known: {sorted(self.params)}. Declare the same parameters on every run."
             )
-        initial = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(initial, nn.Parameter):
-            self.swap.values[id(initial)] = (initial, self.params[name])
         msg["value"] = self.params[name]
         msg["done"] = True
+        if isinstance(initial, nn.Parameter):
+            self.swap.values[id(initial)] = (initial, self.params[name])
+            if _MODULE_SEPARATOR in name:  # pyro.module(update_module_params=True) would write another value back
+                msg["value"] = initial
 
 
 class Sites(Messenger):
     """Assigns latent sites and records what every site did.
 
     Args:
-        assign: `assign(name, fn) -> value or None`; None lets the site draw from its distribution.
+        assign: `assign(name, fn) -> value` of a site.
         log_prob: Whether log-probabilities are wanted.
+        resample: Whether observed sites are assigned too, and what they observe is ignored.
     """
 
-    def __init__(self, assign: Callable[[str, Any], Tensor | None], log_prob: bool = True) -> None:
+    def __init__(self, assign: Callable[[str, Any], Tensor], *, log_prob: bool, resample: bool = False) -> None:
         super().__init__()
         self.assign = assign
         self.with_log_prob = log_prob
+        self.resample = resample
         self.records: dict[str, Record] = {}
         self.deterministic: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if isinstance(msg["fn"], _Subsample) or msg["is_observed"]:
+        if isinstance(msg["fn"], _Subsample):
             return
-        value = self.assign(msg["name"], msg["fn"])
-        if value is not None:
-            msg["value"] = value
-            msg["done"] = True
+        if msg["is_observed"] and (not self.resample or is_deterministic(msg) or is_factor(msg["fn"])):
+            return
+        msg["value"], msg["done"], msg["is_observed"] = self.assign(msg["name"], msg["fn"]), True, False
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if isinstance(msg["fn"], _Subsample):
@@ -123,9 +175,32 @@ class Sites(Messenger):
 
 @contextmanager
 def isolated_store() -> Iterator[Any]:
-    """Gives the block an empty parameter store and puts the user's back afterwards."""
-    with pyro.get_param_store().scope() as state:
-        yield state
+    """Gives the block an empty parameter store and puts the user's back afterwards, object for object."""
+    store = pyro.get_param_store()
+    # store.scope() copies, and strips the `unconstrained` attribute from tensors that the user holds.
+    saved = store._params, store._constraints, store._param_to_name
+    store._params, store._constraints, store._param_to_name = {}, {}, {}
+    try:
+        yield store
+    finally:
+        store._params, store._constraints, store._param_to_name = saved
+
+
+@contextmanager
+def ambient(tensors: Iterable[Tensor | None]) -> Iterator[None]:
+    """Gives tensors that the block makes the device and the widest floating dtype of these tensors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    before = torch.get_default_dtype()
+    dtype = before
+    for tensor in given:
+        dtype = torch.promote_types(dtype, tensor.dtype) if tensor.is_floating_point() else dtype
+    with ExitStack() as stack:
+        if given and given[0].device.type != "cpu":
+            stack.enter_context(given[0].device)
+        if dtype != before:
+            stack.callback(torch.set_default_dtype, before)
+            torch.set_default_dtype(dtype)
+        yield
 
 
 def execute(model: Model, params: Tensors, data: Mapping[str, Tensor | None], sites: Sites, *, networks: bool) -> Sites:
@@ -142,16 +217,16 @@ def execute(model: Model, params: Tensors, data: Mapping[str, Tensor | None], si
         The handler.
     """
     swap = _SwapParameters()
-    device = next((v.device for v in [*data.values(), *params.values()] if v is not None), None)
     with ExitStack() as stack:
+        stack.enter_context(ambient([*data.values(), *params.values()]))
         stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(pyro.settings.context(module_local_params=False))
         stack.enter_context(isolated_store())
         stack.enter_context(pyro.poutine.block())
-        if device is not None and device.type != "cpu":
-            stack.enter_context(torch.device(device))
         if networks:
             stack.enter_context(swap)
         stack.enter_context(sites)
         stack.enter_context(_AnswerParams(params, swap))
         model(**data)
+    swap.check_registered()
     return sites

@@ -114,11 +114,14 @@ class LearnedPrior:
                 message names the key or the tasks.
         """
         given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self._like)
+        _check_maskable(self.density, given)
         adapter = self._adapter(inference)
         seed = self.seed if seed is None else seed
         batch = as_task_data(replace(given, scaling=self.scaling))
         steps = adapter.inference.num_steps if num_steps is None else num_steps
-        chunk = chunk_size or _chunk_size(adapter, batch)
+        chunk = _chunk_size(adapter, batch) if chunk_size is None else chunk_size
+        if steps < 0 or chunk < 1:
+            raise ValueError(f"num_steps={steps} must be at least 0 and chunk_size={chunk} at least 1")
         states = [self._adapt(adapter, part, steps, seed) for part in _chunks(batch, len(given), chunk)]
         state = tree_map(lambda *parts: torch.cat(parts), *states)
         _check_finite(state.particles, given)
@@ -143,10 +146,40 @@ class LearnedPrior:
             **data: One task's inputs as keyword tensors, (N, ...), or a batch's, (T, N, ...).
 
         Returns:
-            Observed sites in the user's units and deterministic sites, (S, ...) or (S, T, ...).
+            Observed sites in the user's units and deterministic sites, (S, ...) or (S, T, ...); padded rows of
+            observed sites are NaN.
         """
+        batch, single = self._inputs(tasks, data)
+        z = self._draw(batch, num_samples)
+        draws = simulate(self.density, self.params, z, batch, self.scaling, self.seed)
+        return {name: value[0] if single else value.transpose(0, 1) for name, value in draws.items()}
+
+    def sites(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> dict[str, Tensor]:
+        """Draws of every latent site of a task with no observations, those under `predict`.
+
+        Args:
+            tasks: Tasks whose inputs the latents may depend on, or None.
+            num_samples: S.
+            **data: The same as keyword tensors.
+
+        Returns:
+            Latent sites on their supports, in the model's units, (S, ...) or (S, T, ...).
+        """
+        batch, single = self._inputs(tasks, data)
+
+        def constrain(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
+            return vmap(lambda particle: self.density.constrain(particle, self.params, task))(z)
+
+        with torch.no_grad():
+            values = vmap(constrain)(self._draw(batch, num_samples), batch.data)
+        return {name: value[0] if single else value.transpose(0, 1) for name, value in values.items()}
+
+    def _inputs(self, tasks: Tasks | None, data: dict[str, Any]) -> tuple[TaskData, bool]:
         given, single = self.template.to_tasks(tasks, data, need_outputs=False, like=self._like)
-        batch = as_task_data(replace(given, scaling=self.scaling))
+        return as_task_data(replace(given, scaling=self.scaling)), single
+
+    def _draw(self, batch: TaskData, num_samples: int) -> Tensor:
+        """Unconstrained draws from the learned prior, (T, S, D)."""
         adapter = self._adapter(None)
 
         def draw(data: dict[str, Tensor]) -> Tensor:
@@ -155,9 +188,7 @@ class LearnedPrior:
             return self.inference.sample(self.inference.init(self.params), num_samples, None)
 
         with torch.no_grad(), seeded(self.seed, self.device):
-            z = vmap(draw, randomness="same")(batch.data)
-        draws = simulate(self.density, self.params, z, batch, self.scaling, self.seed)
-        return {name: value[0] if single else value.transpose(0, 1) for name, value in draws.items()}
+            return vmap(draw, randomness="same")(batch.data)
 
     def to_arviz(self, tasks: Tasks, /, *, num_samples: int = 1000) -> Any:
         """Exports prior and prior predictive draws to ArviZ; see `Posterior.to_arviz`."""
@@ -179,6 +210,7 @@ class LearnedPrior:
         if inference is None:
             return Adapter(self.density, self.inference, self.start)
         bound = ALGORITHMS[inference.name](**inference.config, sites=self.density.sites)
+        _check_learned(bound.parameters(self.density.dim), self.params)
         start = self.start if bound.start == "auto" else bound.start
         if start == "free":
             learned = self.params.get("particles")
@@ -197,6 +229,25 @@ class LearnedPrior:
         arguments = (batch.data,) if batch.mask is None else (batch.data, batch.mask)
         with torch.no_grad(), seeded(seed, self.device):
             return vmap(adapt, randomness="same")(*arguments)
+
+
+def _check_maskable(density: Density, tasks: Tasks) -> None:
+    fixed = [name for name, key in density.observed.items() if density.plate_dims[name] is None and key in tasks.data]
+    if tasks.mask is not None and fixed:
+        raise ValueError(
+            f"tasks of different lengths need a mask, but observed site {fixed[0]!r} has no plate over observations; "
+            "write with pyro.plate('data', x.shape[0]) around it, or adapt to tasks of one length at a time"
+        )
+
+
+def _check_learned(needed: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+    for name, value in needed.items():
+        has = tuple(params[name].shape) if name in params else None
+        if has != tuple(value.shape):
+            raise ValueError(
+                f"the inference learns {name!r} of shape {tuple(value.shape)}, this prior has "
+                f'{"none" if has is None else has}; learn again with this inference, or write learn_step_size="none"'
+            )
 
 
 def _chunk_size(adapter: Adapter, batch: TaskData) -> int:

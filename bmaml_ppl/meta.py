@@ -135,7 +135,8 @@ def _prepare(
     task = one_task(batch)
     rows = slice(None) if task.mask is None else task.mask
     example = {k: v[rows] if k in tasks.data else v for k, v in task.data.items()}
-    density = from_model(model, example)
+    with seeded(seed, torch.device("cpu")):  # a model may draw its initial values
+        density = from_model(model, example, tasks.constants)
     _check_maskable(density, tasks, num_support)
     inference = ALGORITHMS[inference.name](**inference.config, sites=density.sites)
     kind = resolve_start(inference, density, TaskData(example, None))

@@ -1,9 +1,10 @@
 """The posterior of one adapted task, or of a batch of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
@@ -18,6 +19,9 @@ from bmaml_ppl.template import Template
 from bmaml_ppl.types import Inference
 
 __all__ = ["Posterior"]
+
+# A stream of its own, neither that of the particles' start nor that of predictive noise.
+_STREAM = 2_000_003
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,19 +66,20 @@ class Posterior:
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, key: int | str) -> "Posterior":
-        """The posterior of one task, by position or name."""
-        one = self.tasks[key]
-        index = self.tasks.names.index(one.names[0])
-        state = tree_map(lambda value: value[index : index + 1], self.state)
-        return replace(self, state=state, tasks=one, single=True)
+    def __getitem__(self, key: int | str | slice | Sequence[int | str] | Tensor) -> "Posterior":
+        """The posterior of one task, by position or name, or of several, as `Tasks` selects them."""
+        chosen = self.tasks[key]
+        single = isinstance(key, str) or not isinstance(key, slice | Sequence | Tensor)
+        index = [self.tasks.names.index(name) for name in chosen.names]
+        state = tree_map(lambda value: value[index], self.state)
+        return replace(self, state=state, tasks=chosen, single=single)
 
     def draws(self, num_samples: int | None = None) -> Tensor:
         """Unconstrained draws, (S, D) or (S, T, D); None gives each particle once."""
         if num_samples is None:
             z = self.state.particles
         else:
-            with seeded(self.seed, self.state.particles.device):
+            with torch.no_grad(), seeded(self.seed + _STREAM, self.state.particles.device):
                 z = vmap(lambda s: self.inference.sample(s, num_samples, None), randomness="same")(self.state)
         return self._draw_first(z)
 
@@ -103,31 +108,36 @@ class Posterior:
 
         Returns:
             Observed sites in the user's units and deterministic sites in the model's: (S, N, ...) or
-            (S, T, N, ...), as `pyro.infer.Predictive` gives them. Padded rows of a batch are NaN.
+            (S, T, N, ...), as `pyro.infer.Predictive` gives them. Padded rows of observed sites are NaN.
         """
         new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=False))
         z = self._task_first(self.draws(num_samples))
         draws = simulate(self.density, self.params, z, new, self.scaling, self.seed)
         return {name: self._draw_first(value) for name, value in draws.items()}
 
-    def log_likelihood(self, tasks: Tasks | None = None, /, **data: Any) -> dict[str, Tensor]:
+    def log_likelihood(
+        self, tasks: Tasks | None = None, /, *, num_samples: int | None = None, **data: Any
+    ) -> dict[str, Tensor]:
         """Log-likelihood of observations under every particle, in the user's units.
 
         Args:
             tasks: The same tasks with their observations, or None.
+            num_samples: Evaluate at this many draws, those of `sites` and `predict`, instead of at the particles.
             **data: Inputs and outputs as keyword tensors.
 
         Returns:
-            Observed site -> (M, N) or (M, T, N); NaN at padded rows.
+            Observed site -> (M, N) or (M, T, N), S in place of M for draws; NaN at padded rows. A site that
+            observes all rows at once has (M,) or (M, T).
         """
         new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=True))
 
         def of_task(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
             return vmap(lambda particle: self.density.log_likelihood(particle, self.params, task))(z)
 
-        values = vmap(of_task)(self.state.particles, new.data)
+        with torch.no_grad():
+            values = vmap(of_task)(self._task_first(self.draws(num_samples)), new.data)
         return {
-            name: self._draw_first(blank_padding(value - self._log_scale(name, value), new.mask))
+            name: self._draw_first(blank_padding(value - self._log_scale(name, value, new.data), new.mask))
             for name, value in values.items()
         }
 
@@ -148,7 +158,9 @@ class Posterior:
         """A Pyro guide that draws from this posterior, for `pyro.infer.Predictive` and `Importance`.
 
         Its density is a smooth mixture around the particles with their covariance (a point where there is
-        only one), so that importance weights are proper. Data passed to it must be in the model's units.
+        only one), so that importance weights are proper. Data passed to it must be in the model's units. Pyro
+        reads `pyro.param` from its store, so give it the model with the learned values:
+        `pyro.poutine.substitute(model, data=posterior.params)`.
 
         Raises:
             ValueError: If the posterior holds several tasks.
@@ -170,11 +182,13 @@ class Posterior:
     def _as_task_data(self, tasks: Tasks) -> TaskData:
         return as_task_data(replace(tasks, scaling=self.scaling))
 
-    def _log_scale(self, site: str, like: Tensor) -> Tensor:
+    def _log_scale(self, site: str, like: Tensor, data: Mapping[str, Tensor]) -> Tensor:
+        """Log of the factor by which standardisation raised each density of (T, M, ...)."""
         key = self.density.observed[site]
-        if self.scaling is None or key not in self.scaling.scale:
+        if self.scaling is None or key is None or key not in self.scaling.scale:
             return like.new_zeros(())
-        return self.scaling.scale[key].to(like).log().sum()
+        every = self.scaling.scale[key].to(like).log().expand(data[key].shape[1:])
+        return every.reshape(*like.shape[2:], -1).sum(-1)
 
     def _draw_first(self, value: Tensor) -> Tensor:
         return value[0] if self.single else value.transpose(0, 1)

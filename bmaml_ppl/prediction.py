@@ -13,9 +13,17 @@ from bmaml_ppl.types import Tensors
 
 __all__ = ["blank_padding", "simulate"]
 
+# Particles start at draws from the plain seed: the same stream here would tie the noise to the latents.
+_STREAM = 1_000_003
+
 
 def simulate(
-    density: Density, params: Tensors, z: Tensor, tasks: TaskData, scaling: Scaling | None, seed: int
+    density: Density,
+    params: Tensors,
+    z: Tensor,
+    tasks: TaskData,
+    scaling: Scaling | None,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Draws observed sites and evaluates deterministic ones for every task and every draw of its latents.
 
@@ -25,7 +33,7 @@ def simulate(
         z: Draws of latents, (T, S, D).
         tasks: Inputs as the model sees them.
         scaling: Standardisation to undo at sites that observe a standardised column, or None.
-        seed: Seed of the draws.
+        seed: Seed of the draws, whose stream is its own: not that of `z` from the same seed.
 
     Returns:
         Site -> (T, S, ...), NaN at padded rows of observed sites.
@@ -34,15 +42,15 @@ def simulate(
     def of_task(z: Tensor, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return vmap(lambda particle: density.simulate(particle, params, data), randomness="different")(z)
 
-    with seeded(seed, z.device):
+    with torch.no_grad(), seeded(seed + _STREAM, z.device):
         draws = vmap(of_task, randomness="different")(z, tasks.data)
     return {name: _in_user_units(name, value, density, scaling, tasks.mask) for name, value in draws.items()}
 
 
 def _in_user_units(site: str, value: Tensor, density: Density, scaling: Scaling | None, mask: Tensor | None) -> Tensor:
-    key = density.observed.get(site)
-    if key is None:
+    if site not in density.observed:
         return value
+    key = density.observed[site]
     if scaling is not None and key in scaling.loc:
         value = scaling.undo(key, value)
     return blank_padding(value, mask)

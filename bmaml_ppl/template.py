@@ -1,16 +1,19 @@
 """The shape of one task's data, and how a user's keyword tensors become tasks of that shape."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bmaml_ppl.tasks import Tasks
 
 __all__ = ["Template"]
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,22 @@ class Template:
         data: Key -> trailing shape of one observation.
         constants: Key -> shape of one task's value.
         outputs: Keys that the model observes, absent where they are to be predicted.
+        integers: Key -> dtype of the keys that hold integers or bools; all others are floating.
     """
 
-    data: dict[str, tuple[int, ...]]
-    constants: dict[str, tuple[int, ...]]
+    data: dict[str, Shape]
+    constants: dict[str, Shape]
     outputs: tuple[str, ...]
+    integers: dict[str, torch.dtype] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tasks: Tasks, outputs: tuple[str, ...]) -> "Template":
         """The template of given tasks; `outputs` are the keys that the model observes."""
         data = {key: tuple(value.shape[2:]) for key, value in tasks.data.items()}
         constants = {key: tuple(value.shape[1:]) for key, value in tasks.constants.items()}
-        return cls(data, constants, outputs)
+        everything = {**tasks.data, **tasks.constants}
+        integers = {key: value.dtype for key, value in everything.items() if not value.is_floating_point()}
+        return cls(data, constants, outputs, integers)
 
     def to_tasks(
         self,
@@ -47,7 +54,8 @@ class Template:
 
         Args:
             tasks: Tasks, or None.
-            values: Keyword tensors (arrays, lists), (N, ...) for one task or (T, N, ...) for a batch.
+            values: Keyword tensors (arrays, lists), (N, ...) for one task or (T, N, ...) for a batch; None
+                is as good as absent.
             need_outputs: Whether outputs must be there (adaptation) or may be left out (prediction).
             like: Tensor whose dtype and device the result takes.
             adapted: Tasks already adapted to: they give the constants that `values` leaves out, and one
@@ -57,59 +65,84 @@ class Template:
             The tasks, and whether a single task was given.
 
         Raises:
-            TypeError: Both tasks and values were given.
-            ValueError: A key is missing, unknown, or of the wrong shape, or the tasks are not as many as the
-                adapted ones.
+            TypeError: Both tasks and values were given, or a floating value for a key that holds integers.
+            ValueError: A key is missing, unknown, or of the wrong shape, or the tasks are not the adapted
+                ones.
         """
+        given = {key: value for key, value in values.items() if value is not None}
         single = False
         if tasks is None:
-            tasks, single = self._from_values(values, need_outputs, like, adapted)
-        elif values:
-            raise TypeError(f"give Tasks or keyword tensors, not both; got Tasks and {sorted(values)}")
+            tasks, single = self._from_values(given, need_outputs, like, adapted)
+        elif given:
+            raise TypeError(f"give Tasks or keyword tensors, not both; got Tasks and {sorted(given)}")
         else:
-            self._check_keys(set(tasks.data) | set(tasks.constants), need_outputs)
-        if adapted is not None and len(tasks) != len(adapted):
-            names = list(adapted.names[:5])
-            raise ValueError(f"got {len(tasks)} tasks, but the posterior holds {len(adapted)}: {names}")
-        return tasks.to(device=like.device, dtype=like.dtype), single
+            tasks = self._conform(tasks, need_outputs, like)
+        if adapted is not None:
+            _check_same_tasks(tasks.names, adapted.names)
+        return tasks, single
+
+    def example(self, num_observations: int, like: Tensor) -> dict[str, Tensor]:
+        """One task's data with a one in every cell, for a model to be looked at without a user's data."""
+        shapes = {key: (num_observations, *shape) for key, shape in self.data.items()} | self.constants
+        return {
+            key: torch.ones(shape, dtype=self.integers.get(key, like.dtype), device=like.device)
+            for key, shape in shapes.items()
+        }
+
+    def _conform(self, tasks: Tasks, need_outputs: bool, like: Tensor) -> Tasks:
+        self._check_keys(set(tasks.data) | set(tasks.constants), need_outputs)
+        self._check_roles(set(tasks.data), set(tasks.constants))
+        data = {k: self._as_tensor(k, v, like, "a batch") for k, v in tasks.data.items()}
+        constants = {k: self._as_tensor(k, v, like, "a batch") for k, v in tasks.constants.items()}
+        return replace(tasks.to(device=like.device, dtype=like.dtype), data=data, constants=constants)
+
+    def _check_roles(self, data: set[str], constants: set[str]) -> None:
+        if wrong := sorted(data & set(self.constants)):
+            raise ValueError(f"{wrong} were given once per task when the prior was learned; give them as constants")
+        if wrong := sorted(constants & set(self.data)):
+            raise ValueError(f"{wrong} were given per observation when the prior was learned; give them as data")
 
     def _from_values(
         self, values: Mapping[str, Any], need_outputs: bool, like: Tensor, adapted: Tasks | None
     ) -> tuple[Tasks, bool]:
         known = {} if adapted is None else {k: v for k, v in adapted.constants.items() if k not in values}
         self._check_keys(set(values) | set(known), need_outputs)
-        given = {k: self._as_tensor(k, v, like) for k, v in values.items() if v is not None}
-        batched = {k: v.ndim > self._ndim(k) for k, v in given.items()}
-        if len(set(batched.values())) > 1:
-            one = [k for k, many in batched.items() if not many]
-            many = [k for k in batched if k not in one]
+        given = {k: self._as_tensor(k, v, like) for k, v in values.items()}
+        one = [k for k, v in given.items() if v.ndim == self._ndim(k)]
+        many = [k for k in given if k not in one]
+        if one and many:
             raise ValueError(f"{one} hold one task but {many} hold a batch of tasks; give all alike")
-        single = not any(batched.values())
-        if single:
+        if one:
             copies = 1 if adapted is None else len(adapted)
             given = {k: v.expand(copies, *v.shape) for k, v in given.items()}
         data = {k: v for k, v in given.items() if k in self.data}
         constants = {**known, **{k: v for k, v in given.items() if k in self.constants}}
+        if adapted is not None:
+            _check_count({k: len(v) for k, v in given.items()}, adapted.names)
         outputs = tuple(k for k in self.outputs if k in data)
         names = () if adapted is None else adapted.names
-        return Tasks(data, constants, names=names, outputs=outputs), single
+        return Tasks(data, constants, names=names, outputs=outputs), bool(one)
+
+    def _shape(self, key: str) -> Shape:
+        return self.data[key] if key in self.data else self.constants[key]
 
     def _ndim(self, key: str) -> int:
-        return 1 + len(self.data[key]) if key in self.data else len(self.constants[key])
+        return len(self._shape(key)) + (key in self.data)
 
-    def _as_tensor(self, key: str, value: Any, like: Tensor) -> Tensor:
-        tensor = torch.as_tensor(value, device=like.device)
-        if tensor.is_floating_point() or not isinstance(value, Tensor):
-            tensor = tensor.to(like.dtype)
-        ndim = self._ndim(key)
-        trailing = self.data.get(key, self.constants.get(key))
-        if tensor.ndim not in (ndim, ndim + 1) or tuple(tensor.shape[tensor.ndim - len(trailing or ()) :]) != trailing:
-            leading = "N" if key in self.data else ""
+    def _as_tensor(self, key: str, value: Any, like: Tensor, kind: str = "") -> Tensor:
+        tensor = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
+        wanted = self.integers.get(key, like.dtype)
+        if tensor.is_floating_point() and not wanted.is_floating_point:
+            raise TypeError(f"{key!r} holds {tensor.dtype}, but the prior was learned with {wanted}; convert it")
+        shape, ndim = self._shape(key), self._ndim(key)
+        allowed = (ndim + 1,) if kind else (ndim, ndim + 1)
+        if tensor.ndim not in allowed or tuple(tensor.shape[tensor.ndim - len(shape) :]) != shape:
+            one = ", ".join([*(["N"] if key in self.data else []), *map(str, shape)])
             raise ValueError(
-                f"{key!r} has shape {tuple(tensor.shape)}; one task's is ({leading}{',' if leading else ''} "
-                f"{str(trailing)[1:-1]}), a batch has one more dimension in front"
+                f"{key!r} has shape {tuple(tensor.shape)}; one task's is ({one}), and a batch of T tasks has one more "
+                f"dimension in front, ({', '.join(filter(None, ['T', one]))})"
             )
-        return tensor
+        return tensor.to(device=like.device, dtype=wanted)
 
     def _check_keys(self, given: set[str], need_outputs: bool) -> None:
         known = [*self.data, *self.constants]
@@ -120,3 +153,22 @@ class Template:
         needed = set(known) if need_outputs else set(known) - set(self.outputs)
         if missing := sorted(needed - given):
             raise ValueError(f"missing data {missing}; give all of {sorted(needed)}")
+
+
+def _check_count(lengths: Mapping[str, int], names: tuple[str, ...]) -> None:
+    for key, length in lengths.items():
+        if length != len(names):
+            raise ValueError(
+                f"{key!r} holds {length} tasks, but the posterior holds {len(names)}: {list(names[:5])}; give one "
+                "task's values for all of them, or a batch of as many"
+            )
+
+
+def _check_same_tasks(given: tuple[str, ...], adapted: tuple[str, ...]) -> None:
+    if len(given) != len(adapted):
+        raise ValueError(f"got {len(given)} tasks, but the posterior holds {len(adapted)}: {list(adapted[:5])}")
+    if len(given) > 1 and given != adapted:
+        raise ValueError(
+            f"got the tasks {list(given[:5])}, but the posterior holds {list(adapted[:5])}, in this order; write "
+            "tasks[list(posterior.names)], or give keyword tensors to match them by position"
+        )

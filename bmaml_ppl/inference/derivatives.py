@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, vmap
+from torch.func import grad, jacrev, vmap
 
 from bmaml_ppl.types import LogDensity
 
-__all__ = ["FirstOrder", "curvature_factor", "hessians", "scores"]
+__all__ = ["FirstOrder", "curvature_factor", "hessians", "safe_fraction", "scores"]
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,74 @@ def scores(log_density: LogDensity, particles: Tensor) -> Tensor:
 
 
 def hessians(log_density: LogDensity, particles: Tensor) -> Tensor:
-    """Hessian of the log density at each particle: (M, D) -> (M, D, D)."""
+    """Hessian of the log density at each particle: (M, D) -> (M, D, D).
+
+    Reverse over reverse: forward mode makes symbolic zeros, which crash torch when they are recorded.
+    """
     if isinstance(log_density, FirstOrder):
-        return vmap(hessian(log_density.exact))(particles.detach()).detach()
-    return vmap(hessian(log_density))(particles)
+        return vmap(jacrev(grad(log_density.exact)))(particles.detach()).detach()
+    return vmap(jacrev(grad(log_density)))(particles)
 
 
 def curvature_factor(negative_hessian: Tensor, floor: float = 1e-3) -> Tensor:
-    """Cholesky factor of a negative Hessian, shifted by a multiple of I where it is not positive definite.
+    """Cholesky factor of a negative Hessian, shifted to be positive definite where it is not.
 
-    The shift makes the smallest eigenvalue at least `floor` times the mean absolute diagonal entry, and
-    is itself differentiable.
+    The shift is a multiple of I in coordinates of equal curvature, so that a latent known a thousand times
+    better than another does not hide it. It turns the smallest eigenvalue there into its absolute value, and into
+    at least `floor`: a step along a direction that curves upward is as long as its curvature says instead of
+    unbounded. It is itself differentiable.
 
     Args:
         negative_hessian: (..., D, D).
-        floor: Smallest eigenvalue, relative to the mean absolute diagonal.
+        floor: Smallest eigenvalue, relative to the largest curvature of each coordinate.
 
     Returns:
-        Lower factor L with L L^T = negative_hessian + shift I, (..., D, D).
+        Lower factor L, (..., D, D), with L L^T = negative_hessian where that has no eigenvalue below the floor.
+
+    References:
+        Dauphin et al. (2014), Identifying and attacking the saddle point problem, for the absolute value; Ruiz
+        (2001), A scaling algorithm to equilibrate both rows and columns norms in matrices.
     """
-    size = negative_hessian.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
-    smallest = torch.linalg.eigvalsh(negative_hessian)[..., 0]
-    shift = torch.relu(floor * size + 1e-6 - smallest)
-    eye = torch.eye(negative_hessian.shape[-1], dtype=negative_hessian.dtype, device=negative_hessian.device)
-    return torch.linalg.cholesky_ex(negative_hessian + shift[..., None, None] * eye).L
+    scale = _equilibrate(negative_hessian)
+    scaled = scale.unsqueeze(-1) * negative_hessian * scale.unsqueeze(-2)
+    # The eigenvalue routine raises at NaN, which is to reach the outer loop's own check instead.
+    smallest = torch.linalg.eigvalsh(torch.nan_to_num(scaled))[..., 0]
+    shift = torch.relu(floor - smallest) + torch.relu(-smallest)
+    eye = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
+    return torch.linalg.cholesky_ex(scaled + shift[..., None, None] * eye).L / scale.unsqueeze(-1)
+
+
+def _equilibrate(matrix: Tensor, num_sweeps: int = 4) -> Tensor:
+    """Scales s, (..., D), with which the largest entry of each row of s_i |A_ij| s_j is about 1.
+
+    They differ by at most a factor of 10^4 from the one of the largest row, so that flat rows stay bounded.
+    """
+    size = matrix.abs()
+    smallest = size.amax((-2, -1)).clamp_min(1e-12).rsqrt().unsqueeze(-1)
+    scale = smallest.expand(matrix.shape[:-1])
+    for _ in range(num_sweeps):
+        rows = (scale.unsqueeze(-1) * size * scale.unsqueeze(-2)).amax(-1)
+        scale = torch.minimum(scale * rows.clamp_min(1e-8).rsqrt(), 1e4 * smallest)
+    return scale
+
+
+def safe_fraction(log_density: LogDensity, particles: Tensor, move: Tensor, slack: float) -> Tensor:
+    """How much of a move each particle may take: the largest of 1, 1/4, 1/16, 1/64, 0 that loses at most `slack` nats.
+
+    Newton's step is exact for a quadratic and can be absurdly long where the log density is not one.
+
+    Args:
+        log_density: Of one particle.
+        particles: (M, D).
+        move: (M, D).
+        slack: Nats; a particle stays where it is in this step if every other fraction loses more.
+
+    Returns:
+        Fractions without gradient, (M, 1).
+    """
+    exact = log_density.exact if isinstance(log_density, FirstOrder) else log_density
+    fractions = 0.25 ** torch.arange(5, dtype=move.dtype, device=move.device)
+    fractions = torch.where(torch.arange(5, device=move.device) < 4, fractions, 0.0)
+    values = vmap(vmap(exact))((particles + fractions[:, None, None] * move).detach())
+    fine = values >= values[-1] - slack
+    return fractions[fine.to(torch.uint8).argmax(0)].detach().unsqueeze(-1)

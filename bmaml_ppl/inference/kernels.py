@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BANDWIDTHS", "KERNELS", "Bandwidth", "Radial", "Structure", "stein_direction"]
+__all__ = ["BANDWIDTHS", "KERNELS", "Bandwidth", "Radial", "Structure", "moment_direction", "stein_direction"]
 
 Bandwidth = Literal["median", "mean", "released"]
-Structure = Literal["joint", "site", "coordinate"]
+Structure = Literal["joint", "site", "coordinate", "moments"]
 
 
 class Radial(NamedTuple):
@@ -98,6 +98,33 @@ def stein_direction(
         sizes = [b.stop - b.start for b in blocks]
         mass = torch.cat([p[0].sum(1, keepdim=True).expand(-1, n) for p, n in zip(parts, sizes, strict=True)], dim=1)
     return (drive + repulsion * repel) / (mass if normalise else len(particles))
+
+
+def moment_direction(particles: Tensor, scores: Tensor) -> Tensor:
+    """The direction of SVGD's linear kernel, which matches a Gaussian's covariance exactly: (M, D).
+
+    For centred particles u and A = -1/M sum_j score_j u_j^T, that direction is (I - A) u. Kernels per
+    coordinate fix each coordinate's spread and leave correlations as they started; this term fixes them.
+    It is made bounded, as (I - A^2)(I + A^2)^-1 u, so that a step far from the target cannot overshoot;
+    near the target A = I it is the same to first order, twice as long.
+
+    Args:
+        particles: Whitened particles, (M, D), M > D + 1.
+        scores: Whitened scores, (M, D).
+
+    Reference:
+        Liu and Wang (2018), Stein Variational Gradient Descent as Moment Matching, section 3.
+    """
+    num, dim = particles.shape
+    centred = particles - particles.mean(0)
+    stein = -(scores.T @ centred) / num
+    stein = 0.5 * (stein + stein.T)
+    size = stein.square().sum().clamp_min(1.0).sqrt()
+    stein = stein * (4 * dim**0.5 / size).clamp_max(1.0)
+    eye = torch.eye(dim, dtype=particles.dtype, device=particles.device)
+    square = stein @ stein
+    factor = torch.linalg.cholesky_ex(eye + square).L
+    return torch.cholesky_solve((eye - square) @ centred.T, factor).T
 
 
 def _one_block(

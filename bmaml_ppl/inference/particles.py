@@ -9,7 +9,17 @@ from torch import Tensor
 
 from bmaml_ppl.types import SiteLayout, Tensors
 
-__all__ = ["LearnedStepSize", "ParticleState", "Preconditioner", "StepRule", "advance", "resample"]
+__all__ = [
+    "LearnedStepSize",
+    "ParticleState",
+    "Preconditioner",
+    "StepRule",
+    "advance",
+    "check_counts",
+    "resample",
+    "silverman_width",
+    "smooth_resample",
+]
 
 Preconditioner = Literal["auto", "none", "adaptive", "curvature"]
 LearnedStepSize = Literal["none", "scalar", "site", "parameter"]
@@ -113,6 +123,14 @@ class StepRule:
         return torch.cat([learned[i].expand(b.stop - b.start) for i, b in enumerate(blocks)])
 
 
+def check_counts(num_particles: int, num_steps: int) -> None:
+    """Raises ValueError unless there is a particle and no negative number of steps."""
+    if num_particles < 1:
+        raise ValueError(f"num_particles={num_particles}; give at least 1")
+    if num_steps < 0:
+        raise ValueError(f"num_steps={num_steps}; give 0 or more")
+
+
 def advance(rule: StepRule, state: ParticleState, direction: Tensor) -> ParticleState:
     """Moves every particle along its direction, (M, D), and counts the step."""
     second_moment = state.second_moment
@@ -143,3 +161,30 @@ def resample(state: ParticleState, num_samples: int, generator: torch.Generator 
     index = torch.arange(num_particles).repeat(passes)
     extra = torch.randperm(num_particles, generator=generator)[:rest]
     return state.particles[torch.cat([index, extra]).to(state.particles.device)]
+
+
+def smooth_resample(state: ParticleState, num_samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draws from a Gaussian mixture around the particles that keeps their mean and covariance: (S, D).
+
+    A handful of particles has no tails; the mixture has. Components are shrunk toward the mean, their
+    width is Silverman's rule. With no more particles than dimensions, particles are drawn as they are.
+
+    Reference:
+        Liu and West (2001), Combined parameter and state estimation in simulation-based filtering, section
+        10.3.2.
+    """
+    num, dim = state.particles.shape
+    drawn = resample(state, num_samples, generator)
+    if num <= dim + 1:
+        return drawn
+    mean = state.particles.mean(0)
+    centred = (state.particles - mean) * (num / (num - 1)) ** 0.5
+    width = silverman_width(num, dim)
+    weights = torch.randn(num_samples, num, generator=generator, dtype=mean.dtype).to(mean.device) / num**0.5
+    scale = ((1 - width**2) * num / (num - 1)) ** 0.5
+    return mean + scale * (drawn - mean) + width * (weights @ centred)
+
+
+def silverman_width(num: int, dim: int) -> float:
+    """Width of each of `num` Gaussian components, relative to the whole, in `dim` dimensions."""
+    return min((4 / (num * (dim + 2))) ** (1 / (dim + 4)), 0.95)

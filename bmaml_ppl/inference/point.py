@@ -5,18 +5,21 @@ from functools import partial
 
 import torch
 
-from bmaml_ppl.inference.derivatives import curvature_factor, hessians, scores
+from bmaml_ppl.inference.derivatives import curvature_factor, hessians, safe_fraction, scores
 from bmaml_ppl.inference.particles import (
     LearnedStepSize,
     ParticleState,
     Preconditioner,
     StepRule,
     advance,
+    check_counts,
     resample,
 )
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
 
 __all__ = ["map_estimate", "update"]
+
+_SLACK = 0.01
 
 
 def map_estimate(
@@ -56,6 +59,7 @@ def map_estimate(
         "preconditioner": preconditioner,
         "init": init,
     }
+    check_counts(num_particles, num_steps)
     rule = StepRule(step_size, learn_step_size, preconditioner, sites)
     return Inference(
         init=rule.init,
@@ -76,4 +80,5 @@ def update(state: ParticleState, log_density: LogDensity, *, rule: StepRule) -> 
     if rule.kind(direction.shape[1]) == "curvature":
         factor = curvature_factor(-hessians(log_density, state.particles))
         direction = torch.cholesky_solve(direction.unsqueeze(-1), factor).squeeze(-1)
+        direction = direction * safe_fraction(log_density, state.particles, state.step_size * direction, _SLACK)
     return advance(rule, state, direction)

@@ -1,0 +1,221 @@
+"""What of a posterior, or of a learned prior, goes into which group of an ArviZ tree."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from bmaml_ppl.diagnostics.export import flatten_observations, to_tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bmaml_ppl.learned import LearnedPrior
+    from bmaml_ppl.posterior import Posterior
+    from bmaml_ppl.tasks import Tasks
+    from bmaml_ppl.types import Inference
+
+__all__ = ["posterior_tree", "prior_tree"]
+
+Arrays = dict[str, np.ndarray]
+
+_OBSERVATION = "obs_id"
+# `task` labels each observation, so that a dimension beside observations needs another name.
+_TASK = "task_id"
+_LABELS = frozenset({"task", "observation", _OBSERVATION, _TASK})
+
+
+def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_samples: int) -> Any:
+    """Exports adapted tasks: latents, predictions and their scores at the same draws.
+
+    Args:
+        posterior: Adapted tasks.
+        tasks: The same tasks with observations to predict and score, in the user's units.
+        num_samples: S, draws.
+
+    Returns:
+        `InferenceData` or `DataTree` with the groups
+
+        - posterior: latent sites in the model's units, and deterministic sites that hold one value per task,
+          (chain=1, draw=S, ...), with a dimension `task` after the draws for a batch of tasks;
+        - posterior_predictive: observed sites in the user's units, and deterministic sites that run over
+          observations, flat along `obs_id`, labelled with `task` and `observation`;
+        - log_likelihood: of each observation under each draw, nats per user's unit, flat. Sites that observe
+          all rows of a task at once are named `SITE_per_task`;
+        - observed_data: sites observed as they are given, in the user's units, flat;
+        - constant_data: inputs, flat, and constants per task. An input named as a site is `input_NAME`.
+    """
+    outline = _Outline.of(tasks, posterior.density.observed, posterior.single)
+    sites = _with_tasks(posterior.sites(num_samples), posterior.single)
+    predicted = _with_tasks(posterior.predict(tasks, num_samples=num_samples), posterior.single)
+    scores = _with_tasks(posterior.log_likelihood(tasks, num_samples=num_samples), posterior.single)
+    flat, per_task = _split(predicted, outline)
+    layout = _Layout(outline)
+    return to_tree(
+        posterior=layout.latent({**sites, **per_task}),
+        posterior_predictive=layout.sampled(flat),
+        log_likelihood=layout.sampled(_rename_totals(scores, flat, outline)),
+        observed_data=layout.observed(tasks),
+        constant_data=layout.constant(tasks, taken={*sites, *predicted}),
+        coords=layout.coords(),
+        dims=layout.dims,
+        attrs=_describe(posterior.inference),
+    )
+
+
+def prior_tree(learned_prior: "LearnedPrior", tasks: "Tasks", num_samples: int) -> Any:
+    """Exports what the learned prior says of tasks before their observations: prior and prior predictive.
+
+    Args:
+        learned_prior: The learned prior.
+        tasks: Tasks whose inputs to predict at; their outputs, if there, go to `observed_data`.
+        num_samples: S, draws.
+
+    Returns:
+        `InferenceData` or `DataTree` with the groups prior, prior_predictive, observed_data and
+        constant_data; see `posterior_tree`.
+    """
+    outline = _Outline.of(tasks, learned_prior.density.observed, single=False)
+    sites = _with_tasks(learned_prior.sites(tasks, num_samples=num_samples), single=False)
+    predicted = _with_tasks(learned_prior.predict(tasks, num_samples=num_samples), single=False)
+    flat, per_task = _split(predicted, outline)
+    layout = _Layout(outline)
+    return to_tree(
+        posterior={},
+        prior=layout.latent({**sites, **per_task}),
+        prior_predictive=layout.sampled(flat),
+        observed_data=layout.observed(tasks),
+        constant_data=layout.constant(tasks, taken={*sites, *predicted}),
+        coords=layout.coords(),
+        dims=layout.dims,
+        attrs=_describe(learned_prior.inference),
+    )
+
+
+class _Outline(NamedTuple):
+    """What is known of the tasks before anything is drawn.
+
+    Attributes:
+        observed: Observed site -> the key it observes, None if it observes something derived.
+        constants: Keys that hold one value per task.
+        names: Task names.
+        mask: True where an observation is real, (T, N).
+        single: Whether one task is shown without a task dimension.
+    """
+
+    observed: Mapping[str, str | None]
+    constants: frozenset[str]
+    names: Sequence[str]
+    mask: np.ndarray
+    single: bool
+
+    @classmethod
+    def of(cls, tasks: "Tasks", observed: Mapping[str, str | None], single: bool) -> "_Outline":
+        first = next(iter(tasks.data.values()))
+        mask = np.ones(first.shape[:2], dtype=bool) if tasks.mask is None else _as_numpy(tasks.mask)
+        return cls(observed, frozenset(tasks.constants), tasks.names, mask, single)
+
+    def runs_over_rows(self, name: str, values: np.ndarray) -> bool:
+        """Whether (S, T, ...) goes on with the observations of a task."""
+        if self.observed.get(name) in self.constants:
+            return False
+        return values.ndim > 2 and values.shape[2] == self.mask.shape[1]
+
+
+class _Layout:
+    """Gives arrays their place in the tree and remembers the names of their dimensions."""
+
+    def __init__(self, outline: _Outline) -> None:
+        self.outline = outline
+        self.dims: dict[str, list[str]] = {}
+
+    def coords(self) -> dict[str, Any]:
+        """Names of tasks, and the task and place of each observation."""
+        names = np.asarray([str(name) for name in self.outline.names])
+        labels = flatten_observations(self.outline.mask, self.outline.mask, self.outline.names, dim=_OBSERVATION)[1]
+        return {"task": names, _TASK: names, **labels}
+
+    def latent(self, values: Arrays) -> Arrays:
+        """(S, T, ...) -> (1, S, T, ...), or (1, S, ...) for a single task."""
+        single = self.outline.single
+        for name, value in values.items():
+            self._name_dims(name, [] if single else ["task"], value.ndim - 2)
+        return {name: (value[:, 0] if single else value)[None] for name, value in values.items()}
+
+    def sampled(self, values: Arrays) -> Arrays:
+        """(S, T, N, ...) -> (1, S, num_real, ...); what holds one value per task keeps its task dimension."""
+        rows = {name: value for name, value in values.items() if self.outline.runs_over_rows(name, value)}
+        others = {name: value[None] for name, value in values.items() if name not in rows}
+        for name, value in others.items():
+            self._name_dims(name, [_TASK], value.ndim - 3)
+        return {name: self._flatten(name, value, 1)[None] for name, value in rows.items()} | others
+
+    def observed(self, tasks: "Tasks") -> Arrays:
+        """What each site observed; sites that observe something derived from the data are left out."""
+        found = {}
+        for site, key in self.outline.observed.items():
+            if key in tasks.data:
+                found[site] = self._flatten(site, _as_numpy(tasks.data[key]))
+            elif key in tasks.constants:
+                found[site] = self._one_per_task(site, tasks.constants[key])
+        return found
+
+    def constant(self, tasks: "Tasks", taken: set[str]) -> Arrays:
+        """Inputs and constants that are not themselves observed."""
+        outputs = {*self.outline.observed.values(), *tasks.outputs}
+        found = {}
+        for key in [*tasks.data, *tasks.constants]:
+            if key in outputs:
+                continue
+            name = f"input_{key}" if key in taken | _LABELS else key
+            if key in tasks.data:
+                found[name] = self._flatten(name, _as_numpy(tasks.data[key]))
+            else:
+                found[name] = self._one_per_task(name, tasks.constants[key])
+        return found
+
+    def _flatten(self, name: str, values: np.ndarray, num_leading: int = 0) -> np.ndarray:
+        event_ndim = values.ndim - 2 - num_leading
+        self._name_dims(name, [_OBSERVATION], event_ndim)
+        return flatten_observations(values, self.outline.mask, event_ndim=event_ndim)[0]
+
+    def _one_per_task(self, name: str, value: "Tensor") -> np.ndarray:
+        self._name_dims(name, [_TASK], value.ndim - 1)
+        return _as_numpy(value)
+
+    def _name_dims(self, name: str, first: list[str], num_rest: int) -> None:
+        self.dims[name] = first + [f"{name}_dim_{i}" for i in range(num_rest)]
+
+
+def _split(predicted: Arrays, outline: _Outline) -> tuple[Arrays, Arrays]:
+    """Predictions, and deterministic sites that hold one value per task and so belong to the latents."""
+    flat = {k: v for k, v in predicted.items() if k in outline.observed or outline.runs_over_rows(k, v)}
+    return flat, {k: v for k, v in predicted.items() if k not in flat}
+
+
+def _rename_totals(scores: Arrays, predicted: Arrays, outline: _Outline) -> Arrays:
+    def rename(name: str, value: np.ndarray) -> str:
+        total = outline.runs_over_rows(name, predicted[name]) and not outline.runs_over_rows(name, value)
+        return f"{name}_per_task" if total else name
+
+    return {rename(name, value): value for name, value in scores.items()}
+
+
+def _with_tasks(draws: Mapping[str, "Tensor"], single: bool) -> Arrays:
+    """(S, ...) of a single task and (S, T, ...) of a batch alike as (S, T, ...)."""
+    return {name: _as_numpy(value)[:, None] if single else _as_numpy(value) for name, value in draws.items()}
+
+
+def _as_numpy(value: "Tensor") -> np.ndarray:
+    return value.detach().cpu().numpy()
+
+
+def _describe(inference: "Inference") -> dict[str, Any]:
+    from bmaml_ppl import __version__
+
+    return {
+        "inference_library": "bmaml_ppl",
+        "inference_library_version": __version__,
+        "inference": inference.name,
+        "num_particles": inference.num_particles,
+    }

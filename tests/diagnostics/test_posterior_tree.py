@@ -1,0 +1,194 @@
+"""What `to_arviz` puts where, and that ArviZ's statistics read it."""
+
+from functools import partial
+from typing import Any
+
+import arviz
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import bmaml_ppl as bp
+from bmaml_ppl.inference import svgd
+
+NAMES = ("a", "b", "c")
+LENGTHS = (14, 10, 12)
+NUM_DRAWS = 60
+
+
+def line(x: Tensor, dose: Tensor, coef_scale: Tensor, y: Tensor | None = None) -> None:
+    mean = pyro.param("mean", torch.zeros(2))
+    coef = pyro.sample("coef", dist.Normal(mean, coef_scale).to_event(1))
+    curve = pyro.deterministic("curve", coef[0] + coef[1] * x + dose)
+    pyro.deterministic("slope", coef[1])
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", dist.Normal(curve, 0.5), obs=y)
+
+
+def whole(x: Tensor, y: Tensor | None = None, total: Tensor | None = None) -> None:
+    level = pyro.sample("x", dist.Normal(pyro.param("mean", torch.zeros(())), 1.0))
+    pyro.sample("obs", dist.Normal(level + 0 * x, 1.0).to_event(1), obs=y)
+    pyro.sample("sum", dist.Normal(4 * level, 2.0), obs=total)
+
+
+def shares(x: Tensor, y: Tensor | None = None) -> None:
+    level = pyro.sample("level", dist.Normal(pyro.param("mean", torch.zeros(2)), 1.0).to_event(1))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", dist.Normal(level * x.unsqueeze(-1), 1.0).to_event(1), obs=y)
+
+
+def make_tasks() -> bp.Tasks:
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Tensor]] = []
+    for i, n in enumerate(LENGTHS):
+        x = torch.randn(n, generator=generator)
+        y = 50 + 10 * (x + i + 0.5 * torch.randn(n, generator=generator))
+        rows.append({"x": x, "y": y, "dose": torch.tensor(0.1 * i), "coef_scale": torch.ones(2)})
+    return bp.Tasks.from_list(rows, outputs=["y"], constants=["dose", "coef_scale"], names=NAMES)
+
+
+learn = partial(
+    bp.meta_learn,
+    num_support=3,
+    num_steps=1,
+    compile=False,
+    progress=False,
+    inference=svgd(num_particles=20, num_steps=15),
+)
+
+
+@pytest.fixture(scope="module")
+def prior() -> bp.LearnedPrior:
+    return learn(line, make_tasks().standardize())
+
+
+@pytest.fixture(scope="module")
+def posterior(prior: bp.LearnedPrior) -> bp.Posterior:
+    return prior.adapt(make_tasks())
+
+
+@pytest.fixture(scope="module")
+def tree(posterior: bp.Posterior) -> Any:
+    return posterior.to_arviz(num_samples=NUM_DRAWS)
+
+
+def groups(tree: Any) -> set[str]:
+    return set(tree.groups()) if callable(tree.groups) else {name.strip("/") for name in tree.groups} - {""}
+
+
+def real(values: Tensor, mask: Tensor | None) -> np.ndarray:
+    """The real observations of (..., T, N), end to end."""
+    assert mask is not None
+    return values[..., mask].numpy()
+
+
+def test_latents_have_chain_draw_and_task(tree: Any, posterior: bp.Posterior) -> None:
+    assert groups(tree) == {"posterior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
+    coef = tree["posterior"]["coef"]
+    assert coef.dims == ("chain", "draw", "task", "coef_dim_0")
+    assert coef["task"].values.tolist() == list(NAMES)
+    assert np.array_equal(coef.values[0], posterior.sites(NUM_DRAWS)["coef"].numpy())
+    assert tree["posterior"]["slope"].dims == ("chain", "draw", "task")
+    assert np.array_equal(tree["posterior"]["slope"].values, coef.values[..., 1])
+
+
+def test_observations_are_flat_in_the_users_units(tree: Any, posterior: bp.Posterior) -> None:
+    mask = posterior.tasks.mask
+    predicted = tree["posterior_predictive"]["obs"]
+    assert predicted.dims == ("chain", "draw", "obs_id")
+    assert predicted["task"].values.tolist() == [name for name, n in zip(NAMES, LENGTHS, strict=True) for _ in range(n)]
+    assert predicted["observation"].values.tolist() == [i for n in LENGTHS for i in range(n)]
+    assert np.array_equal(predicted.values[0], real(posterior.predict(num_samples=NUM_DRAWS)["obs"], mask))
+    assert np.array_equal(tree["observed_data"]["obs"].values, real(make_tasks().data["y"], mask))
+    assert abs(predicted.values.mean() - make_tasks().data["y"][mask].mean()) < 10
+    scores = posterior.log_likelihood(num_samples=NUM_DRAWS)["obs"]
+    assert np.array_equal(tree["log_likelihood"]["obs"].values[0], real(scores, mask))
+    assert tree["posterior_predictive"]["curve"].dims == ("chain", "draw", "obs_id")
+    assert not any(np.isnan(tree[g][v].values).any() for g in groups(tree) for v in tree[g].data_vars)
+
+
+def test_inputs_are_flat_and_constants_per_task(tree: Any) -> None:
+    tasks, constant = make_tasks(), tree["constant_data"]
+    assert set(constant.data_vars) == {"x", "dose", "coef_scale"}
+    assert np.array_equal(constant["x"].values, real(tasks.data["x"], tasks.mask))
+    assert constant["dose"].dims == ("task_id",)
+    assert constant["dose"]["task_id"].values.tolist() == list(NAMES)
+    assert constant["coef_scale"].shape == (3, 2)
+
+
+def test_tree_says_where_it_comes_from(tree: Any) -> None:
+    attrs = dict(tree.attrs)
+    assert attrs["inference_library"] == "bmaml_ppl"
+    assert attrs["inference_library_version"] == bp.__version__
+    assert (attrs["inference"], attrs["num_particles"]) == ("svgd", 20)
+
+
+def test_single_task_has_no_task_dimension(posterior: bp.Posterior) -> None:
+    tree = posterior["b"].to_arviz(num_samples=NUM_DRAWS)
+    assert tree["posterior"]["coef"].dims == ("chain", "draw", "coef_dim_0")
+    assert tree["posterior"]["slope"].dims == ("chain", "draw")
+    assert tree["posterior_predictive"]["obs"].shape == (1, NUM_DRAWS, LENGTHS[1])
+    assert set(tree["observed_data"]["obs"]["task"].values) == {"b"}
+    assert tree["constant_data"]["dose"].shape == (1,)
+    assert np.array_equal(tree["observed_data"]["obs"].values, make_tasks()["b"].data["y"][0].numpy())
+
+
+def test_held_out_observations_are_scored(posterior: bp.Posterior) -> None:
+    x = torch.zeros(3, 2)
+    tree = posterior.to_arviz(x=x, y=x + 50, num_samples=5)
+    assert tree["log_likelihood"]["obs"].shape == (1, 5, 6)
+    assert tree["observed_data"]["obs"].values.tolist() == [50.0] * 6
+    with pytest.raises(ValueError, match=r"missing data \['y'\]"):
+        posterior.to_arviz(x=x)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto distribution")
+def test_arviz_reads_the_tree(posterior: bp.Posterior) -> None:
+    tree = posterior.to_arviz(num_samples=400)
+    summary = arviz.summary(tree)
+    assert len(summary) == 3 * 3
+    assert {"coef[a, 0]", "coef[c, 1]", "slope[b]"} <= set(summary.index)
+    loo = arviz.loo(tree)
+    elpd = loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd
+    scores = tree["log_likelihood"]["obs"].values[0]
+    in_sample = (np.logaddexp.reduce(scores, axis=0) - np.log(len(scores))).sum()
+    assert loo.n_data_points == sum(LENGTHS)
+    assert in_sample - 40 < elpd < in_sample
+
+
+def test_prior_and_its_predictions(prior: bp.LearnedPrior) -> None:
+    tasks = make_tasks()
+    tree = prior.to_arviz(tasks, num_samples=NUM_DRAWS)
+    assert groups(tree) == {"prior", "prior_predictive", "observed_data", "constant_data"}
+    assert tree["prior"]["coef"].dims == ("chain", "draw", "task", "coef_dim_0")
+    assert np.array_equal(tree["prior"]["coef"].values[0], prior.sites(tasks, num_samples=NUM_DRAWS)["coef"].numpy())
+    expected = real(prior.predict(tasks, num_samples=NUM_DRAWS)["obs"], tasks.mask)
+    assert np.array_equal(tree["prior_predictive"]["obs"].values[0], expected)
+    assert np.array_equal(tree["observed_data"]["obs"].values, real(tasks.data["y"], tasks.mask))
+    unobserved = bp.Tasks({"x": tasks.data["x"]}, tasks.constants, tasks.mask, tasks.names)
+    assert groups(prior.to_arviz(unobserved, num_samples=5)) == {"prior", "prior_predictive", "constant_data"}
+
+
+def test_sites_that_observe_a_task_at_once_keep_one_score_a_task() -> None:
+    y = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    tasks = bp.Tasks({"x": torch.zeros(3, 4), "y": y}, {"total": y.sum(1)}, names=NAMES, outputs=("y",))
+    tree = learn(whole, tasks).adapt(tasks).to_arviz(num_samples=5)
+    assert tree["posterior_predictive"]["obs"].shape == (1, 5, 12)
+    assert tree["posterior_predictive"]["sum"].dims == ("chain", "draw", "task_id")
+    assert tree["log_likelihood"]["obs_per_task"].dims == ("chain", "draw", "task_id")
+    assert np.array_equal(tree["observed_data"]["sum"].values, y.sum(1).numpy())
+    assert "input_x" in tree["constant_data"]  # the model's latent is called x, too
+
+
+def test_components_stay_after_the_observations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tasks = bp.Tasks(
+        {"x": torch.ones(3, 4), "y": torch.randn(3, 4, 2, generator=generator)}, names=NAMES, outputs=("y",)
+    )
+    tree = learn(shares, tasks).adapt(tasks).to_arviz(num_samples=5)
+    assert tree["posterior_predictive"]["obs"].dims == ("chain", "draw", "obs_id", "obs_dim_0")
+    assert np.array_equal(tree["observed_data"]["obs"].values, tasks.data["y"].reshape(12, 2).numpy())
+    assert tree["log_likelihood"]["obs"].shape == (1, 5, 12)

@@ -1,0 +1,46 @@
+"""Recording: the same numbers as the function, fresh draws, and a way out."""
+
+from typing import Any
+
+import pytest
+import torch
+from bmaml_ppl.compile import Recorded, should_record
+from torch import Tensor
+from torch.func import grad
+
+
+def test_a_recorded_function_returns_the_same_nested_result() -> None:
+    def function(params: dict[str, Tensor], extra: tuple[Tensor, None]) -> tuple[dict[str, Tensor], Tensor]:
+        gradient = grad(lambda p: (p["a"] ** 3).sum() * extra[0])(params)
+        return gradient, params["a"].sum()
+
+    recorded = Recorded(function)
+    for a in (torch.arange(3.0), torch.ones(3), torch.ones(2)):
+        torch.testing.assert_close(
+            recorded({"a": a}, (torch.tensor(2.0), None)), function({"a": a}, (torch.tensor(2.0), None))
+        )
+    assert len(recorded.graphs) == 2
+
+
+def test_random_draws_are_drawn_anew() -> None:
+    recorded = Recorded(lambda x: x + torch.randn(4))
+    torch.manual_seed(0)
+    first, second = recorded(torch.zeros(4)), recorded(torch.zeros(4))
+    assert not torch.equal(first, second)
+
+
+def test_what_cannot_be_recorded_runs_eagerly_after_a_warning() -> None:
+    def branching(x: Tensor) -> Tensor:
+        return x + 1 if x.sum().item() > 0 else x - 1
+
+    recorded = Recorded(branching)
+    with pytest.warns(UserWarning, match="could not be recorded.*compile=False"):
+        assert recorded(torch.ones(1)) == 2
+    assert recorded(-torch.ones(1)) == -2
+
+
+@pytest.mark.parametrize(
+    ("compile", "steps", "wanted"), [("auto", 10, False), ("auto", 1000, True), (True, 1, True), (False, 9999, False)]
+)
+def test_auto_records_long_runs(compile: Any, steps: int, wanted: bool) -> None:
+    assert should_record(compile, steps) is wanted

@@ -18,6 +18,9 @@ from time import perf_counter
 
 import pyro
 import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+
 from bmaml_ppl.adaptation import Adapter
 from bmaml_ppl.compile import Recorded
 from bmaml_ppl.datasets.sinusoid import sinusoid
@@ -27,8 +30,6 @@ from bmaml_ppl.models.regression import hierarchical_regression
 from bmaml_ppl.objectives import chaser
 from bmaml_ppl.outer import Views, episode_views, meta_gradient
 from bmaml_ppl.types import Model
-from torch import Tensor
-from torch.func import grad, grad_and_value, vmap
 
 SEED, STEP_SIZE = 0, 1e-3
 

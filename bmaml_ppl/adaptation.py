@@ -1,6 +1,6 @@
 """Adaptation of the shared prior to one task: the loop that objectives, learners and users share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from bmaml_ppl.compile import Recorded
 from bmaml_ppl.density import Density
 from bmaml_ppl.inference.derivatives import FirstOrder
 from bmaml_ppl.tasks import Tasks
@@ -55,50 +56,103 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An inference algorithm bound to a task density.
+    """An inference algorithm bound to a task density, for a batch of T tasks at once.
 
     Attributes:
         density: Log density of a task.
         inference: The algorithm.
         start: Where particles start, "free" or "prior".
         first_order: Whether outer gradients stop at the scores.
+        recorded: Whether one step, and each density, is recorded as a graph of tensor operations when it is
+            first called with a layout of arguments; see `bmaml_ppl.compile`.
     """
 
     density: Density
     inference: Inference
     start: Start
     first_order: bool = False
+    recorded: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("_begin", "_update", "_log_joint", "_log_likelihood"):
+            function = getattr(self, name)
+            object.__setattr__(self, name, Recorded(function) if self.recorded else function)
+
+    def begin(self, prior: Tensors, tasks: TaskData) -> Any:
+        """Each task's state before the first step; draws, the same for all tasks, come from torch's generator."""
+        return self._begin(dict(prior), tasks)
+
+    def run(self, state: Any, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
+        """Each task's state after so many steps more."""
+        for _ in range(num_steps):
+            state = self._update(state, dict(prior), tasks)
+        return state
+
+    def adapt(self, prior: Tensors, tasks: TaskData, num_steps: int | None = None) -> Any:
+        """Each task's state after adaptation."""
+        steps = self.inference.num_steps if num_steps is None else num_steps
+        return self.run(self.begin(prior, tasks), prior, tasks, steps)
+
+    def log_joint(self, particles: Tensor, prior: Tensors, tasks: TaskData) -> Tensor:
+        """Log joint density of each task at each of its particles: (T, M, D) -> (T, M)."""
+        return self._log_joint(particles, dict(prior), tasks)
+
+    def log_likelihood(self, particles: Tensor, prior: Tensors, tasks: TaskData) -> Tensor:
+        """Log-likelihood of all of a task's observations at each of its particles: (T, M, D) -> (T, M)."""
+        return self._log_likelihood(particles, dict(prior), tasks)
+
+    def draw_prior(self, prior: Tensors, tasks: TaskData, num_draws: int) -> Tensor:
+        """Reparameterised draws of z from the model's prior, (T, num_draws, D), the same for all tasks."""
+
+        def draw(task: TaskData) -> Tensor:
+            count = torch.zeros(num_draws, device=next(iter(task.data.values())).device)
+            return vmap(lambda _: self.density.draw_prior(prior, task.data), randomness="different")(count)
+
+        return _over_tasks(draw, tasks)
 
     def log_density(self, prior: Tensors, task: TaskData) -> LogDensity:
-        """The task's log joint density as a function of z alone."""
+        """One task's log joint density as a function of z alone."""
 
         def log_density(z: Tensor) -> Tensor:
             return self.density.log_joint(z, prior, task.data, task.mask)
 
         return FirstOrder(log_density) if self.first_order else log_density
 
-    def begin(self, prior: Tensors, task: TaskData) -> Any:
-        """The algorithm's state before the first step; draws with torch's generator if it starts at the prior."""
+    def _begin(self, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         if self.start == "free":
-            return self.inference.init(prior)
-        return self.inference.init({**prior, "particles": self.draw_prior(prior, task)})
+            return _over_tasks(lambda task: self.inference.init(prior), tasks)
+        drawn = self.draw_prior(prior, tasks, self.inference.num_particles)
+        return _over_tasks(lambda task, z: self.inference.init({**prior, "particles": z}), tasks, drawn)
 
-    def draw_prior(self, prior: Tensors, task: TaskData, num_draws: int | None = None) -> Tensor:
-        """Reparameterised draws of z from the model's prior, (num_draws or M, D)."""
-        like = next(iter(task.data.values()))
-        count = torch.zeros(num_draws or self.inference.num_particles, device=like.device)
-        return vmap(lambda _: self.density.draw_prior(prior, task.data), randomness="different")(count)
+    def _update(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
+        return _over_tasks(lambda task, s: self.inference.update(s, self.log_density(prior, task)), tasks, state)
 
-    def run(self, state: Any, log_density: LogDensity, num_steps: int) -> Any:
-        """Takes steps from a state."""
-        for _ in range(num_steps):
-            state = self.inference.update(state, log_density)
-        return state
+    def _log_joint(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
+        def of_task(task: TaskData, z: Tensor) -> Tensor:
+            return vmap(lambda particle: self.density.log_joint(particle, prior, task.data, task.mask))(z)
 
-    def adapt(self, prior: Tensors, task: TaskData, num_steps: int | None = None) -> Any:
-        """The state after adaptation to one task."""
-        steps = self.inference.num_steps if num_steps is None else num_steps
-        return self.run(self.begin(prior, task), self.log_density(prior, task), steps)
+        return _over_tasks(of_task, tasks, particles)
+
+    def _log_likelihood(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
+        def of_task(task: TaskData, z: Tensor) -> Tensor:
+            def total(particle: Tensor) -> Tensor:
+                sites = self.density.log_likelihood(particle, prior, task.data, task.mask)
+                return torch.stack([value.sum() for value in sites.values()]).sum()
+
+            return vmap(total)(z)
+
+        return _over_tasks(of_task, tasks, particles)
+
+
+def _over_tasks(function: Callable[..., Any], tasks: TaskData, *batched: Any) -> Any:
+    """Maps a function of one task over a batch, with other arguments that have a leading task dimension."""
+    # vmap refuses None, so that tasks without a mask are passed without that entry.
+    extra = {} if tasks.mask is None else {"mask": tasks.mask}
+
+    def of_task(data: dict[str, Tensor], extra: dict[str, Tensor], *rest: Any) -> Any:
+        return function(TaskData(data, extra.get("mask")), *rest)
+
+    return vmap(of_task, randomness="same")(tasks.data, extra, *batched)
 
 
 def resolve_start(inference: Inference, density: Density, task: TaskData) -> Start:

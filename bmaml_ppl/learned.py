@@ -181,14 +181,11 @@ class LearnedPrior:
     def _draw(self, batch: TaskData, num_samples: int) -> Tensor:
         """Unconstrained draws from the learned prior, (T, S, D)."""
         adapter = self._adapter(None)
-
-        def draw(data: dict[str, Tensor]) -> Tensor:
-            if self.start == "prior":
-                return adapter.draw_prior(self.params, TaskData(data, None), num_samples)
-            return self.inference.sample(self.inference.init(self.params), num_samples, None)
-
         with torch.no_grad(), seeded(self.seed, self.device):
-            return vmap(draw, randomness="same")(batch.data)
+            if self.start == "prior":
+                return adapter.draw_prior(self.params, batch, num_samples)
+            state = adapter.begin(self.params, batch)
+            return vmap(lambda s: self.inference.sample(s, num_samples, None), randomness="same")(state)
 
     def to_arviz(self, tasks: Tasks, /, *, num_samples: int = 1000) -> Any:
         """Exports prior and prior predictive draws to ArviZ; see `Posterior.to_arviz`."""
@@ -223,12 +220,8 @@ class LearnedPrior:
         return Adapter(self.density, bound, start)
 
     def _adapt(self, adapter: Adapter, batch: TaskData, num_steps: int, seed: int) -> Any:
-        def adapt(data: dict[str, Tensor], mask: Tensor | None = None) -> Any:
-            return adapter.adapt(self.params, TaskData(data, mask), num_steps)
-
-        arguments = (batch.data,) if batch.mask is None else (batch.data, batch.mask)
         with torch.no_grad(), seeded(seed, self.device):
-            return vmap(adapt, randomness="same")(*arguments)
+            return adapter.adapt(self.params, batch, num_steps)
 
 
 def _check_maskable(density: Density, tasks: Tasks) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task, resolve_start, seeded
-from bmaml_ppl.compile import Compile, Recorded, should_record
+from bmaml_ppl.compile import Compile, should_record
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.inference import ALGORITHMS, svgd
 from bmaml_ppl.learned import History, LearnedPrior
@@ -87,8 +87,8 @@ def meta_learn(
         max_grad_norm: Meta-gradients longer than this are shortened to it.
         first_order: Stop gradients at the scores (first-order MAML).
         device: Where to compute; "auto" is CUDA where there is one.
-        compile: Whether to record the meta-step as a graph of tensor operations, which runs several times
-            faster than Pyro's handlers and takes seconds to make; "auto" records runs of 100 steps or more.
+        compile: Whether to record an adaptation step as a graph of tensor operations, which runs several times
+            faster than Pyro's handlers and takes a second or two to make; "auto" records runs of 20 steps or more.
         progress: Whether to show a progress bar.
         seed: Seed of batches, starts and draws; the same seed gives the same prior, bit for bit on CPU.
         start: A learned prior of the same model to go on from.
@@ -110,13 +110,14 @@ def meta_learn(
     tasks = tasks.to(device)
     _warn_of_units(tasks)
     learned = _prepare(model, tasks, inference or svgd(), num_support, seed, start)
-    adapter = Adapter(learned.density, learned.inference, learned.start, first_order)
+    record = should_record(compile, num_steps)
+    adapter = Adapter(learned.density, learned.inference, learned.start, first_order, record)
     loop = _Loop(
         learned,
         adapter,
         tasks.scaled(),
         objective or _default_objective(learned.start),
-        _Schedule(num_steps, batch_size, optimizer, max_grad_norm, should_record(compile, num_steps)),
+        _Schedule(num_steps, batch_size, optimizer, max_grad_norm),
         list(callbacks) + ([_Checkpoint(learned, Path(checkpoint_dir))] if checkpoint_dir else []),
     )
     return loop.run(progress)
@@ -204,7 +205,6 @@ class _Schedule(NamedTuple):
     batch_size: int
     optimizer: Optimizer | None
     max_grad_norm: float
-    record: bool
 
 
 class _Checkpoint:
@@ -234,8 +234,8 @@ class _Loop:
     ) -> None:
         self.learned, self.tasks, self.schedule, self.callbacks = learned, tasks, schedule, callbacks
         self.constraints = learned.constraints
-        gradient = partial(meta_gradient, adapter, objective, self.constraints)
-        self.gradient = Recorded(gradient) if schedule.record else gradient
+        self.gradient = partial(meta_gradient, adapter, objective, self.constraints)
+        self.masked = tasks.mask is not None or isinstance(learned.num_support, range)
         free = unconstrain(learned.params, self.constraints)
         self.params = {k: v.detach().clone().requires_grad_() for k, v in free.items()}
         slow = learned.density.networks | {"particles"}
@@ -263,7 +263,7 @@ class _Loop:
         episode = self.tasks.sample_batch(self.schedule.batch_size, self.learned.num_support, self.generator)
         params = {k: v.detach() for k, v in self.params.items()}
         with seeded(self.learned.seed + step, self.learned.device):
-            gradients, loss = self.gradient(params, episode_views(episode))
+            gradients, loss = self.gradient(params, episode_views(episode, self.masked))
         gradients, norm = clip(gradients, self.schedule.max_grad_norm)
         self.history.loss.append(loss.item())
         self.history.grad_norm.append(norm.item())

@@ -1,13 +1,13 @@
-"""What the outer loop minimises: losses of one task's adaptation, and weighted sums of them."""
+"""What the outer loop minimises: losses of tasks' adaptation, and weighted sums of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import log
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from bmaml_ppl.adaptation import Adapter, TaskData
 from bmaml_ppl.types import Tensors
@@ -17,7 +17,7 @@ __all__ = ["Objective", "Rollout", "chaser", "marginal_nll", "query_nll"]
 
 @dataclass
 class Rollout:
-    """One task's adaptation, as far as an objective asks for it.
+    """The adaptation of a batch of T tasks, as far as an objective asks for it.
 
     Attributes:
         adapter: The inference algorithm bound to the density.
@@ -35,17 +35,8 @@ class Rollout:
 
     @cached_property
     def follower(self) -> Any:
-        """State after adaptation to the support set, differentiable."""
+        """Each task's state after adaptation to its support set, differentiable."""
         return self.adapter.adapt(self.prior, self.support)
-
-    def log_likelihood(self, particles: Tensor, task: TaskData) -> Tensor:
-        """Log-likelihood of all of a task's observations for each particle, (M,)."""
-
-        def total(z: Tensor) -> Tensor:
-            sites = self.adapter.density.log_likelihood(z, self.prior, task.data, task.mask)
-            return torch.stack([value.sum() for value in sites.values()]).sum()
-
-        return vmap(total)(particles)
 
 
 Loss = Callable[[Rollout], Tensor]
@@ -53,7 +44,7 @@ Loss = Callable[[Rollout], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of losses of one task's adaptation; add two, or multiply one by a number.
+    """A weighted sum of losses of tasks' adaptation; add two, or multiply one by a number.
 
     Attributes:
         terms: Weight, name and loss of each term.
@@ -62,9 +53,8 @@ class Objective:
     terms: tuple[tuple[float, str, Loss], ...] = field(default=())
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """The loss of one task, a scalar."""
-        losses = [weight * loss(rollout) for weight, _, loss in self.terms]
-        return torch.stack(losses).sum()
+        """The loss of each task, (T,)."""
+        return torch.stack([weight * loss(rollout) for weight, _, loss in self.terms]).sum(0)
 
     def __add__(self, other: "Objective") -> "Objective":
         return Objective(self.terms + other.terms)
@@ -94,10 +84,11 @@ def query_nll(kind: Literal["mixture", "mean"] = "mixture") -> Objective:
         raise ValueError(f'query_nll(kind={kind!r}) is not known; choose "mixture" or "mean"')
 
     def loss(rollout: Rollout) -> Tensor:
-        log_likelihood = rollout.log_likelihood(rollout.follower.particles, rollout.query)
+        particles = rollout.follower.particles
+        log_likelihood = rollout.adapter.log_likelihood(particles, rollout.prior, rollout.query)
         if kind == "mean":
-            return -log_likelihood.mean()
-        return -torch.logsumexp(log_likelihood - torch.log(torch.tensor(float(len(log_likelihood)))), 0)
+            return -log_likelihood.mean(-1)
+        return log(particles.shape[1]) - torch.logsumexp(log_likelihood, -1)
 
     return Objective(((1.0, f"query_nll({kind})", loss),))
 
@@ -125,10 +116,9 @@ def chaser(num_leader_steps: int = 1, sites: Sequence[str] | None = None) -> Obj
         unknown = sorted(set(sites or ()) - set(known))
         if unknown:
             raise ValueError(f"chaser(sites=...) names {unknown}, but the model's latent sites are {list(known)}")
-        log_density = adapter.log_density(rollout.prior, rollout.everything)
-        leader = adapter.run(follower, log_density, num_leader_steps)
+        leader = adapter.run(follower, rollout.prior, rollout.everything, num_leader_steps)
         squared = (follower.particles - leader.particles.detach()).square()
-        return sum((squared[:, known[s].slice].sum() for s in sites or known), start=squared.new_zeros(()))
+        return torch.stack([squared[..., known[s].slice].sum((-2, -1)) for s in sites or known]).sum(0)
 
     return Objective(((1.0, f"chaser({num_leader_steps})", loss),))
 
@@ -153,8 +143,8 @@ def marginal_nll(num_steps: int | None = None) -> Objective:
 
     def loss(rollout: Rollout) -> Tensor:
         adapter, task = rollout.adapter, rollout.everything
-        fixed = {name: value.detach() for name, value in rollout.prior.items()}
-        particles = adapter.adapt(fixed, task, num_steps).particles.detach()
-        return -vmap(lambda z: adapter.density.log_joint(z, rollout.prior, task.data, task.mask))(particles).mean()
+        with torch.no_grad():
+            particles = adapter.adapt(rollout.prior, task, num_steps).particles
+        return -adapter.log_joint(particles, rollout.prior, task).mean(-1)
 
     return Objective(((1.0, "marginal_nll", loss),))

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import constraints, transform_to
-from torch.func import grad_and_value, vmap
 
 from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data
 from bmaml_ppl.objectives import Objective, Rollout
@@ -31,13 +30,15 @@ def unconstrain(params: Tensors, known: Constraints) -> dict[str, Tensor]:
 Views = tuple[TaskData, TaskData, TaskData]
 
 
-def episode_views(episode: Episode) -> Views:
-    """Support, query, and both together, as the model sees them."""
-    return (
-        as_task_data(episode.support),
-        as_task_data(episode.query),
-        as_task_data(episode.support.join(episode.query)),
-    )
+def episode_views(episode: Episode, masked: bool = False) -> Views:
+    """Support, query, and both together, as the model sees them.
+
+    Args:
+        episode: A batch of tasks.
+        masked: Give every view a mask, so that all batches of ragged tasks have one layout.
+    """
+    support, query = (tasks.with_mask() if masked else tasks for tasks in episode)
+    return as_task_data(support), as_task_data(query), as_task_data(support.join(query))
 
 
 def meta_gradient(
@@ -49,27 +50,27 @@ def meta_gradient(
 
     Args:
         adapter: Inference bound to a density.
-        objective: Loss of one task.
+        objective: Losses of tasks.
         known: Constraints of the meta-parameters.
         params: Unconstrained meta-parameters.
         views: Support, query and everything of a batch of tasks.
 
     Returns:
         Gradients by name and the loss.
+
+    Raises:
+        ValueError: If the objective depends on no meta-parameter.
     """
-    # vmap refuses None, so that a view without a mask is one without that entry.
-    arrays = [(view.data, {} if view.mask is None else {"mask": view.mask}) for view in views]
-
-    def mean_loss(params: Tensors) -> Tensor:
-        prior = constrain(params, known)
-
-        def loss(*task: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Tensor:
-            parts = [TaskData(data, extra.get("mask")) for data, extra in task]
-            return objective(Rollout(adapter, prior, *parts))
-
-        return vmap(loss, randomness="same")(*arrays).mean()
-
-    return grad_and_value(mean_loss)(dict(params))
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    with torch.enable_grad():
+        loss = objective(Rollout(adapter, constrain(leaves, known), *views)).mean()
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{objective} depends on none of the meta-parameters {sorted(leaves)}; marginal_nll() learns what the "
+                "model declares with pyro.param, query_nll() and chaser() learn free particles too"
+            )
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+    return dict(zip(leaves, gradients, strict=True)), loss.detach()
 
 
 def clip(gradients: Tensors, limit: float) -> tuple[dict[str, Tensor], Tensor]:

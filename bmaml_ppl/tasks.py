@@ -296,6 +296,10 @@ class Tasks:
         data = {name: torch.cat([value, other.data[name]], 1) for name, value in self.data.items()}
         return self._with(data=data, mask=mask)
 
+    def with_mask(self) -> "Tasks":
+        """Returns the tasks with an explicit mask, all True where nothing is padded."""
+        return self._with(mask=self._real_rows())
+
     def _with(self, **changes: object) -> "Tasks":
         # Skips __post_init__: what is cut out of checked tasks is sound, and episodes are hot.
         tasks = object.__new__(Tasks)

@@ -4,12 +4,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, resolve_start, seeded
+from torch import Tensor
+
+from bmaml_ppl.adaptation import TaskData, as_task_data, resolve_start, seeded
 from bmaml_ppl.density import from_model
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.types import Model
-from torch import Tensor
-
 from tests.toys import bind, level, level_tasks, line, line_tasks
 
 
@@ -29,9 +29,9 @@ def test_auto_starts_at_the_prior_where_it_is_learned(model: Model, wanted: str)
 
 
 def test_particles_start_at_reparameterised_prior_draws() -> None:
-    tasks = level_tasks(2, 4)
+    tasks = level_tasks(1, 4)
     adapter = bind(level, tasks, map_estimate(num_particles=4000, num_steps=0, init="prior"), "prior")
-    task = one_task(as_task_data(tasks))
+    task = as_task_data(tasks)
 
     def mean_and_sd(mean: Tensor, sd: Tensor) -> Tensor:
         with seeded(0, torch.device("cpu")):
@@ -49,15 +49,14 @@ def test_particles_start_at_reparameterised_prior_draws() -> None:
 def test_more_steps_go_on_from_where_fewer_end() -> None:
     tasks = line_tasks(1, 6)
     adapter = bind(line, tasks, svgd(num_particles=4, num_steps=2, init="free"), "free")
-    task, prior = one_task(as_task_data(tasks)), {"particles": torch.randn(4, 2)}
-    log_density = adapter.log_density(prior, task)
-    on = adapter.run(adapter.adapt(prior, task, 2), log_density, 3)
+    task, prior = as_task_data(tasks), {"particles": torch.randn(4, 2)}
+    on = adapter.run(adapter.adapt(prior, task, 2), prior, task, 3)
     torch.testing.assert_close(on.particles, adapter.adapt(prior, task, 5).particles)
 
 
 def test_first_order_changes_gradients_and_not_values() -> None:
     tasks = line_tasks(1, 6)
-    task, start = one_task(as_task_data(tasks)), torch.randn(3, 2)
+    task, start = as_task_data(tasks), torch.randn(3, 2)
     gradients, values = [], []
     for first_order in (False, True):
         adapter = bind(line, tasks, map_estimate(num_particles=3, num_steps=2), "free", first_order)

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from bmaml_ppl.compile import Recorded, should_record
 from torch import Tensor
 from torch.func import grad
+
+from bmaml_ppl.compile import Recorded, should_record
 
 
 def test_a_recorded_function_returns_the_same_nested_result() -> None:

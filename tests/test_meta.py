@@ -8,12 +8,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import Tensor, nn
+
 from bmaml_ppl import LearnedPrior, Tasks, load_prior, meta_learn
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.meta import MetaStep, StoppedEarly
 from bmaml_ppl.objectives import chaser, query_nll
-from torch import Tensor, nn
-
 from tests.toys import level, level_tasks, line, line_tasks, straight
 
 quick = partial(meta_learn, num_support=3, progress=False, compile=False)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.func import grad
+from torch.utils._pytree import tree_map
+
 from bmaml_ppl.adaptation import TaskData, one_task
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.objectives import Objective, Rollout, chaser, marginal_nll, query_nll
 from bmaml_ppl.types import Inference, Tensors
-from torch import Tensor
-from torch.func import grad
-
 from tests.toys import bind, level, level_tasks, line, line_tasks, views_of
 
 PLAIN = map_estimate(num_particles=3, num_steps=2, step_size=0.05, preconditioner="none", init="free")
@@ -19,7 +20,7 @@ def start_line(inference: Inference, first_order: bool = False) -> Rollout:
     views = views_of(line_tasks(1, 8), 3)
     adapter = bind(line, line_tasks(1, 8), inference, "free", first_order)
     particles = torch.randn(inference.num_particles, 2, generator=torch.Generator().manual_seed(1))
-    return Rollout(adapter, {"particles": particles}, *(one_task(view) for view in views))
+    return Rollout(adapter, {"particles": particles}, *views)
 
 
 def normal_log_prob(y: Tensor, mean: Tensor, sd: float) -> Tensor:
@@ -27,20 +28,20 @@ def normal_log_prob(y: Tensor, mean: Tensor, sd: float) -> Tensor:
 
 
 def naive_log_likelihood(z: Tensor, task: TaskData) -> Tensor:
-    x, y = task.data["x"], task.data["y"]
+    x, y = task.data["x"][0], task.data["y"][0]
     return torch.stack([normal_log_prob(y[i], z[0] + z[1] * x[i], 0.5) for i in range(len(x))]).sum()
 
 
 def test_query_nll_is_the_mixture_of_particles() -> None:
     rollout = start_line(STEIN)
-    likelihoods = [naive_log_likelihood(z, rollout.query).exp() for z in rollout.follower.particles]
-    torch.testing.assert_close(query_nll()(rollout), -torch.stack(likelihoods).mean().log())
+    likelihoods = [naive_log_likelihood(z, rollout.query).exp() for z in rollout.follower.particles[0]]
+    torch.testing.assert_close(query_nll()(rollout)[0], -torch.stack(likelihoods).mean().log())
 
 
 def test_query_nll_mean_scores_each_particle_by_itself() -> None:
     rollout = start_line(STEIN)
-    each = [-naive_log_likelihood(z, rollout.query) for z in rollout.follower.particles]
-    torch.testing.assert_close(query_nll("mean")(rollout), torch.stack(each).mean())
+    each = [-naive_log_likelihood(z, rollout.query) for z in rollout.follower.particles[0]]
+    torch.testing.assert_close(query_nll("mean")(rollout)[0], torch.stack(each).mean())
 
 
 def test_one_particle_makes_mixture_and_mean_the_same() -> None:
@@ -50,11 +51,12 @@ def test_one_particle_makes_mixture_and_mean_the_same() -> None:
 
 def test_chaser_leads_on_from_the_followers_end_with_all_data() -> None:
     rollout = start_line(STEIN)
-    state = rollout.follower
+    state = tree_map(lambda value: value[0], rollout.follower)
     for _ in range(2):
-        state = rollout.adapter.inference.update(state, rollout.adapter.log_density({}, rollout.everything))
-    distance = (rollout.follower.particles - state.particles).square().sum()
-    torch.testing.assert_close(chaser(2)(rollout), distance)
+        density = rollout.adapter.log_density({}, one_task(rollout.everything))
+        state = rollout.adapter.inference.update(state, density)
+    distance = (rollout.follower.particles[0] - state.particles).square().sum()
+    torch.testing.assert_close(chaser(2)(rollout)[0], distance)
 
 
 def test_chaser_leaves_sites_out() -> None:
@@ -66,14 +68,14 @@ def test_chaser_leaves_sites_out() -> None:
 
 def test_chaser_stops_the_gradient_at_the_leader() -> None:
     rollout = start_line(STEIN)
-    leader = rollout.adapter.run(rollout.follower, rollout.adapter.log_density({}, rollout.everything), 2).particles
+    leader = rollout.adapter.run(rollout.follower, {}, rollout.everything, 2).particles
 
     def frozen(particles: Tensor) -> Tensor:
         return (rollout.adapter.adapt({"particles": particles}, rollout.support).particles - leader).square().sum()
 
     def loss(particles: Tensor) -> Tensor:
         views = (rollout.support, rollout.query, rollout.everything)
-        return chaser(2)(Rollout(rollout.adapter, {"particles": particles}, *views))
+        return chaser(2)(Rollout(rollout.adapter, {"particles": particles}, *views)).sum()
 
     at = rollout.prior["particles"]
     torch.testing.assert_close(grad(loss)(at), grad(frozen)(at))
@@ -94,7 +96,7 @@ def test_an_unknown_kind_is_named() -> None:
 
 def gradient_of(objective: Objective, rollout: Rollout) -> Tensor:
     def loss(prior: Tensors) -> Tensor:
-        return objective(Rollout(rollout.adapter, prior, rollout.support, rollout.query, rollout.everything))
+        return objective(Rollout(rollout.adapter, prior, rollout.support, rollout.query, rollout.everything)).sum()
 
     return grad(loss)(dict(rollout.prior))["particles"]
 
@@ -109,7 +111,7 @@ def test_first_order_maml_is_the_gradient_at_the_adapted_point() -> None:
     rollout = start_line(
         map_estimate(num_particles=1, num_steps=3, step_size=0.02, preconditioner="none", init="free"), first_order=True
     )
-    adapted = rollout.follower.particles[0]
+    adapted = rollout.follower.particles[0, 0]
     at_adapted = grad(lambda z: -naive_log_likelihood(z, rollout.query))(adapted)
     torch.testing.assert_close(gradient_of(query_nll(), rollout)[0], at_adapted)
 
@@ -119,11 +121,11 @@ def test_second_order_maml_is_the_closed_form_on_a_quadratic() -> None:
     rollout = start_line(
         map_estimate(num_particles=1, num_steps=steps, step_size=step, preconditioner="none", init="free")
     )
-    x = rollout.support.data["x"]
+    x = rollout.support.data["x"][0]
     design = torch.stack([torch.ones_like(x), x], -1)
     precision = torch.eye(2) + design.T @ design / 0.25
     jacobian = torch.linalg.matrix_power(torch.eye(2) - step * precision, steps)
-    at_adapted = grad(lambda z: -naive_log_likelihood(z, rollout.query))(rollout.follower.particles[0])
+    at_adapted = grad(lambda z: -naive_log_likelihood(z, rollout.query))(rollout.follower.particles[0, 0])
     torch.testing.assert_close(gradient_of(query_nll(), rollout)[0], jacobian @ at_adapted)
 
 
@@ -142,15 +144,15 @@ def test_marginal_nll_has_the_gradient_of_the_log_evidence() -> None:
     """Exact on a Gaussian as far as particles hold its two moments: within 2 % of each partial derivative."""
     tasks = level_tasks(1, 6)
     adapter = bind(level, tasks, svgd(num_particles=50, num_steps=40, init="prior"), "prior")
-    task = one_task(views_of(tasks, 2)[2])
-    y = task.data["y"]
+    task = views_of(tasks, 2)[2]
+    y = task.data["y"][0]
 
     def evidence(prior: Tensors) -> Tensor:
         cov = prior["sd"] ** 2 * torch.ones(6, 6) + prior["noise"] ** 2 * torch.eye(6)
         return -torch.distributions.MultivariateNormal(prior["mean"].expand(6), cov).log_prob(y)
 
     prior = {"mean": torch.tensor(0.3), "sd": torch.tensor(0.8), "noise": torch.tensor(0.6)}
-    got = grad(lambda p: marginal_nll()(Rollout(adapter, p, task, task, task)))(prior)
+    got = grad(lambda p: marginal_nll()(Rollout(adapter, p, task, task, task)).sum())(prior)
     wanted = grad(evidence)(prior)
     for name in prior:
         torch.testing.assert_close(got[name], wanted[name], rtol=0.02, atol=0.02)

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributions import constraints
+
 from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.objectives import Objective, query_nll
 from bmaml_ppl.outer import clip, constrain, meta_gradient, parameter_groups, unconstrain
 from bmaml_ppl.types import Inference, Start, Tensors
-from torch import Tensor
-from torch.distributions import constraints
-
 from tests.toys import bind, finite_differences, level, level_tasks, line, line_tasks, views_of
 
 KNOWN = {"sd": constraints.positive, "noise": constraints.positive, "step_size": constraints.positive}

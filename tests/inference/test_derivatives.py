@@ -74,7 +74,7 @@ def test_an_indefinite_curvature_becomes_positive_definite(values: list[float]) 
 
 def test_a_diagonal_curvature_takes_its_absolute_value() -> None:
     repaired = curvature_factor(torch.diag(torch.tensor([-2.0, 2.0, -2.0], dtype=F64))).square()
-    torch.testing.assert_close(repaired.diagonal(), torch.tensor([2.0, 6.0, 2.0], dtype=F64))
+    torch.testing.assert_close(repaired.diagonal(), torch.tensor([2.0, 6.0, 2.0], dtype=F64), rtol=1.1e-3, atol=0)
 
 
 @pytest.mark.parametrize("ratio", [1e-4, 1e-2, 1e2, 1e3])
@@ -87,17 +87,17 @@ def test_units_of_a_coordinate_do_not_hide_another(ratio: float) -> None:
 
 
 def test_a_curvature_that_is_no_number_does_not_raise() -> None:
-    assert not torch.isfinite(curvature_factor(torch.full((2, 2), torch.nan))).any()
+    assert not torch.isfinite(curvature_factor(torch.full((20, 20), torch.nan))).any()
 
 
 def test_moves_are_cut_where_they_lose_too_much() -> None:
     def density(z: Tensor) -> Tensor:
         return -z.square().sum()
 
-    particles = torch.tensor([[1.0], [1.0], [1.0], [1.0]], dtype=F64)
-    move = torch.tensor([[-1.0], [7.0], [1e6], [torch.nan]], dtype=F64)
+    particles = torch.ones(4, 1, dtype=F64)
+    move = torch.tensor([[-1.0], [7.0], [100.0], [1e6]], dtype=F64)
     fraction = safe_fraction(density, particles, move, slack=7.0)
-    assert fraction[:, 0].tolist() == [1.0, 0.25, 1 / 64, 1 / 64]
+    assert fraction[:, 0].tolist() == [1.0, 0.25, 1 / 64, 0.0]
     assert torch.equal(safe_fraction(FirstOrder(density), particles, move, slack=7.0), fraction)
 
 

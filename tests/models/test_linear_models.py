@@ -11,6 +11,7 @@ from torch.distributions import biject_to
 
 import bmaml_ppl as bp
 from bmaml_ppl.density import Density, from_model
+from bmaml_ppl.inference import svgd
 from bmaml_ppl.models import (
     eight_schools,
     eight_schools_data,
@@ -118,7 +119,14 @@ def test_linear_hierarchy_is_recovered() -> None:
     y = coef[:, :1] + coef[:, 1:] * x + 0.2 * torch.randn(60, 10, generator=generator)
     tasks = bp.Tasks({"x": x, "y": y}, outputs=("y",))
     prior = bp.meta_learn(
-        linear_regression(1), tasks, num_support=5, num_steps=150, batch_size=20, device="cpu", progress=False
+        linear_regression(1),
+        tasks,
+        num_support=5,
+        num_steps=120,
+        batch_size=20,
+        inference=svgd(num_particles=10, num_steps=4),
+        device="cpu",
+        progress=False,
     )
     torch.testing.assert_close(prior.params["mean"], torch.tensor([1.0, -1.0]), atol=0.3, rtol=0)
     torch.testing.assert_close(prior.params["scale"], torch.tensor([0.5, 0.5]), atol=0.2, rtol=0)

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
 from bmaml_ppl.adaptation import Adapter
-from bmaml_ppl.compile import Recorded
 from bmaml_ppl.datasets.sinusoid import sinusoid
 from bmaml_ppl.density import from_model
 from bmaml_ppl.inference import svgd
@@ -75,11 +74,13 @@ def prepare(
     torch.manual_seed(SEED)
     particles = density.initial_particles(10, example).to(device)
     inference = svgd(num_particles=10, num_steps=follow, step_size=STEP_SIZE, preconditioner="none", structure="joint")
-    ours = partial(meta_gradient, Adapter(density, inference, "free"), chaser(lead), {})
-    recorded = Recorded(ours)
+    eager, recorded = (
+        partial(meta_gradient, Adapter(density, inference, "free", recorded=recorded), chaser(lead), {})
+        for recorded in (False, True)
+    )
     variants: dict[str, Callable[[], Tensor]] = {
         "hand-written torch.func": lambda: hand_written(model, density.dim, particles, views, follow, lead),
-        "bmaml_ppl eager": lambda: ours({"particles": particles}, views)[0]["particles"],
+        "bmaml_ppl eager": lambda: eager({"particles": particles}, views)[0]["particles"],
         "bmaml_ppl recorded": lambda: recorded({"particles": particles}, views)[0]["particles"],
     }
     reference = variants["hand-written torch.func"]()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bmaml_ppl import LearnedPrior, Tasks, load_prior, meta_learn
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.meta import MetaStep, StoppedEarly
-from bmaml_ppl.objectives import chaser, query_nll
+from bmaml_ppl.objectives import Objective, chaser, query_nll
 from tests.toys import level, level_tasks, line, line_tasks, straight
 
 quick = partial(meta_learn, num_support=3, progress=False, compile=False)
@@ -85,7 +85,7 @@ def test_global_state_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("objective", [None, chaser(2) + query_nll()])
-def test_a_recorded_run_is_the_eager_run(objective: object) -> None:
+def test_a_recorded_run_is_the_eager_run(objective: Objective | None) -> None:
     torch.set_default_dtype(torch.float64)
     tasks = level_tasks(12, 6)
     run = partial(meta_learn, level, tasks, num_support=3, inference=NEWTON, objective=objective, num_steps=4)

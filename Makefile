@@ -28,7 +28,6 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
 
 notebooks: setup

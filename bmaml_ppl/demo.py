@@ -151,7 +151,7 @@ def _learned(learn: Callable[..., LearnedPrior], split: Split, settings: DemoSet
     prior = learn(split.train, settings)
     posterior = prior.adapt(split.support)
     draws = posterior.predict(split.query, num_samples=_NUM_DRAWS)["obs"]
-    log_density = scores.mixture_log_density(posterior.log_likelihood(split.query)["obs"])
+    log_density = scores.mixture_log_density(posterior.log_likelihood(split.query, num_samples=_NUM_DRAWS)["obs"])
     assert prior.scaling is not None
     draws = prior.scaling.apply({"weight": draws})["weight"]
     return Forecast(draws.mean(0), draws, log_density + prior.scaling.scale["weight"].log(), prior)

@@ -78,7 +78,7 @@ def meta_learn(
         num_support: Observations K that a task adapts to; a range draws K for each task anew.
         inference: Adaptation; None is `svgd()`.
         objective: What is minimised. None is `marginal_nll()` where particles start at the model's own
-            learned prior, and `chaser() + query_nll()` where they are learned freely.
+            learned prior, and `chaser() + query_nll("mean")` where they are learned freely.
         num_steps: Meta-steps.
         batch_size: Tasks a meta-step.
         optimizer: Makes the optimiser from parameter groups, for example
@@ -181,7 +181,7 @@ def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
 
 
 def _default_objective(start: Start) -> Objective:
-    return marginal_nll() if start == "prior" else chaser() + query_nll()
+    return marginal_nll() if start == "prior" else chaser() + query_nll("mean")
 
 
 def _warn_of_units(tasks: Tasks) -> None:

@@ -25,7 +25,7 @@ Preconditioner = Literal["auto", "none", "adaptive", "curvature"]
 LearnedStepSize = Literal["none", "scalar", "site", "parameter"]
 
 _CURVATURE_LIMIT = 32
-_STEP_SIZES = {"none": 0.01, "adaptive": 0.05}
+_STEP_SIZE = 0.01
 _DECAY = 0.9
 _EPSILON = 1e-8
 
@@ -51,8 +51,8 @@ class StepRule:
     """How long a step is and in which metric.
 
     Attributes:
-        step_size: alpha; None takes the preconditioner's default: 0.01 for plain ascent, 0.05 for adaptive
-            steps (each coordinate moves about that far), `newton` for Newton steps.
+        step_size: alpha; None takes the preconditioner's default: `newton` for Newton steps, else 0.01. An
+            adaptive step moves each coordinate about that far; longer ones make a network's function jump.
         learned: Whether the step size is meta-learned, and how finely.
         preconditioner: "none", "adaptive" (AdaGrad with decay), "curvature" (damped Hessian, O(M D^3) a
             step), or "auto": "curvature" up to 32 latent coordinates, else "adaptive".
@@ -68,7 +68,7 @@ class StepRule:
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
-            ("preconditioner", self.preconditioner, ("auto", "curvature", *_STEP_SIZES)),
+            ("preconditioner", self.preconditioner, ("auto", "none", "adaptive", "curvature")),
             ("learn_step_size", self.learned, ("none", "scalar", "site", "parameter")),
         ):
             if got not in allowed:
@@ -92,7 +92,7 @@ class StepRule:
         """The step size at its start."""
         if self.step_size is not None:
             return self.step_size
-        return _STEP_SIZES.get(self.kind(dim), self.newton)
+        return self.newton if self.kind(dim) == "curvature" else _STEP_SIZE
 
     def parameters(self, dim: int) -> dict[str, Tensor]:
         """The meta-parameter `step_size` at its start, empty where it is not learned.

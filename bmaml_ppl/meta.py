@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,13 @@ from bmaml_ppl.types import Inference, Model, Start
 
 __all__ = ["MetaStep", "StoppedEarly", "meta_learn"]
 
-Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 _CHECKPOINT_EVERY = 100
+_STOPPED = (
+    "meta-learning stopped: {}; the last prior with a finite loss and gradient is kept. If it diverged, standardise "
+    'the data, or take shorter or adaptive inner steps (preconditioner="adaptive")'
+)
 
 
 class StoppedEarly(UserWarning):
@@ -81,7 +85,7 @@ def meta_learn(
             learned prior, and `chaser() + query_nll("mean")` where they are learned freely.
         num_steps: Meta-steps.
         batch_size: Tasks a meta-step.
-        optimizer: Makes the optimiser from parameter groups, for example
+        optimizer: Makes the optimiser from a list of tensors, for example
             `partial(torch.optim.Adam, lr=1e-3)`. None is Adam with a rate of 0.02, and 0.003 for networks and
             particles, on a cosine to zero.
         max_grad_norm: Meta-gradients longer than this are shortened to it.
@@ -91,23 +95,26 @@ def meta_learn(
             faster than Pyro's handlers and takes a second or two to make; "auto" records runs of 20 steps or more.
         progress: Whether to show a progress bar.
         seed: Seed of batches, starts and draws; the same seed gives the same prior, bit for bit on CPU.
-        start: A learned prior of the same model to go on from.
-        checkpoint_dir: Folder that keeps the prior during the run, every 100 steps, as `prior.safetensors`.
+        start: A learned prior of the same model to go on from, with its standardisation.
+        checkpoint_dir: Folder that keeps the prior during the run as `prior.safetensors`, every 100 steps and at
+            the end.
         callbacks: Called with a `MetaStep` after each meta-step.
 
     Returns:
         The learned prior, with the run's history.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If the model cannot be a task model, a task has too few observations, or `start` belongs
             to another model.
 
     Warns:
-        StoppedEarly: If the loss or its gradient became non-finite; the last good prior is returned.
+        StoppedEarly: If the loss or its gradient became non-finite, or the run was interrupted from the
+            keyboard; the last good prior is returned.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    tasks = tasks.to(device)
+    _check_kinds(tasks, inference, objective, start)
+    _check_counts(num_steps, batch_size)
+    tasks = _with_units_of(start, tasks.to(_choose_device(device)))
     _warn_of_units(tasks)
     learned = _prepare(model, tasks, inference or svgd(), num_support, seed, start)
     record = should_record(compile, num_steps)
@@ -118,7 +125,7 @@ def meta_learn(
         tasks.scaled(),
         objective or _default_objective(learned.start),
         _Schedule(num_steps, batch_size, optimizer, max_grad_norm),
-        list(callbacks) + ([_Checkpoint(learned, Path(checkpoint_dir))] if checkpoint_dir else []),
+        list(callbacks) + ([_Checkpoint(learned, Path(checkpoint_dir), num_steps)] if checkpoint_dir else []),
     )
     return loop.run(progress)
 
@@ -145,8 +152,8 @@ def _prepare(
     if kind == "free":
         with seeded(seed, torch.device("cpu")):
             reserved["particles"] = density.initial_particles(inference.num_particles, example)
-    _check_names(density, reserved)
-    like = next(v for v in example.values() if v.is_floating_point())
+    _check_names(density)
+    like = next((v for v in example.values() if v.is_floating_point()), torch.zeros(()))
     params = {k: v.detach().to(like) for k, v in {**density.prior, **reserved}.items()}
     if start is not None:
         params = _go_on(params, start)
@@ -155,8 +162,51 @@ def _prepare(
     return LearnedPrior(density, inference, kind, params, template, tasks.scaling, num_support, seed)
 
 
-def _check_names(density: Density, reserved: dict[str, Tensor]) -> None:
-    if taken := sorted(set(reserved) & set(density.prior)):
+def _check_kinds(tasks: object, inference: object, objective: object, start: object) -> None:
+    for name, got, kind, write in (
+        ("tasks", tasks, Tasks, "Tasks.from_frame(...), or Tasks({name: tensor of shape (T, N)})"),
+        ("inference", inference or svgd(), Inference, "inference=svgd(num_particles=20)"),
+        ("objective", objective or marginal_nll(), Objective, 'objective=query_nll("mean")'),
+        ("start", start, LearnedPrior | None, "start=load_prior(path, model)"),
+    ):
+        if not isinstance(got, kind):
+            raise TypeError(f"{name} is {got!r:.80}, a {type(got).__name__}; write {write}")
+
+
+def _check_counts(num_steps: int, batch_size: int) -> None:
+    for name, got, least in (("num_steps", num_steps, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(got, int) or got < least:
+            raise ValueError(f"{name}={got!r} must be a whole number of at least {least}")
+
+
+def _choose_device(device: torch.device | str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device={str(device)!r}, but torch sees no GPU; write device="cpu" or "auto"')
+    return device
+
+
+def _with_units_of(start: LearnedPrior | None, tasks: Tasks) -> Tasks:
+    """A prior that goes on keeps its units: its parameters mean nothing in others."""
+    if start is None:
+        return tasks
+    if tasks.scaling is not None and tasks.scaling is not start.scaling:
+        raise ValueError(
+            "start=... has its own standardisation, which is kept; give the tasks without one (leave out "
+            "tasks.standardize())"
+        )
+    return replace(tasks, scaling=None if start.scaling is None else start.scaling.to(_device_of(tasks)))
+
+
+def _device_of(tasks: Tasks) -> torch.device:
+    """Where the tasks' tensors live."""
+    return next(iter(tasks.data.values())).device
+
+
+def _check_names(density: Density) -> None:
+    if taken := sorted({"particles", "step_size"} & set(density.prior)):
         raise ValueError(f"pyro.param {taken} have names that the learner uses itself; rename them in the model")
 
 
@@ -176,7 +226,7 @@ def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
     given = {k: tuple(v.shape) for k, v in start.params.items()}
     wanted = {k: tuple(v.shape) for k, v in params.items()}
     if given != wanted:
-        raise ValueError(f"start=... holds {given}, but this model and inference need {wanted}")
+        raise ValueError(f"start=... holds {given}, but this model and inference need {wanted}; learn without start")
     return {k: start.params[k].detach().to(v) for k, v in params.items()}
 
 
@@ -210,13 +260,13 @@ class _Schedule(NamedTuple):
 class _Checkpoint:
     """A callback that writes the current prior to a folder."""
 
-    def __init__(self, learned: LearnedPrior, folder: Path) -> None:
-        self.learned = learned
+    def __init__(self, learned: LearnedPrior, folder: Path, num_steps: int) -> None:
+        self.learned, self.num_steps = learned, num_steps
         self.path = folder / "prior.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, info: MetaStep) -> None:
-        if info.step % _CHECKPOINT_EVERY == 0:
+        if info.step % _CHECKPOINT_EVERY == 0 or info.step == self.num_steps:
             replace(self.learned, params=info.params).save(self.path)
 
 
@@ -238,9 +288,11 @@ class _Loop:
         self.masked = tasks.mask is not None or isinstance(learned.num_support, range)
         free = unconstrain(learned.params, self.constraints)
         self.params = {k: v.detach().clone().requires_grad_() for k, v in free.items()}
-        slow = learned.density.networks | {"particles"}
-        groups = parameter_groups(self.params, slow)
-        self.optimizer = schedule.optimizer(groups) if schedule.optimizer else torch.optim.Adam(groups)
+        if schedule.optimizer is None:
+            slow = learned.density.networks | {"particles"}
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(self.params, slow))
+        else:
+            self.optimizer = schedule.optimizer(list(self.params.values()))
         self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(schedule.num_steps, 1))
         self.generator = torch.Generator().manual_seed(learned.seed)
         self.history = History()
@@ -248,27 +300,36 @@ class _Loop:
     def run(self, progress: bool) -> LearnedPrior:
         """Takes all meta-steps and returns the learned prior."""
         bar = tqdm(range(1, self.schedule.num_steps + 1), disable=not progress, desc="meta-learning")
+        kept = self._snapshot()
         for step in bar:
-            kept = self._snapshot()
-            if not self._step(step):
-                warnings.warn(self._stopped(step), StoppedEarly, stacklevel=3)
+            # Only what had a finite loss and gradient is good; what the optimiser makes of it is not known yet.
+            before = self._snapshot()
+            try:
+                stopped = self._step(step)
+            except KeyboardInterrupt:
+                stopped = f"interrupted at meta-step {step}"
+            if stopped is not None:
+                self.history.stopped = stopped
+                warnings.warn(_STOPPED.format(stopped), StoppedEarly, stacklevel=3)
                 return replace(self.learned, params=kept, history=self.history)
-            h = self.history
+            kept, h = before, self.history
             rate = sum(h.tasks_per_second[-20:]) / len(h.tasks_per_second[-20:])
             bar.set_postfix_str(f"loss {h.loss[-1]:.3f}, gradient {h.grad_norm[-1]:.2g}, {rate:.0f} tasks/s", False)
         return replace(self.learned, params=self._snapshot(), history=self.history)
 
-    def _step(self, step: int) -> bool:
+    def _step(self, step: int) -> str | None:
+        """Takes one meta-step; returns why the loop must stop, or None."""
         began = perf_counter()
         episode = self.tasks.sample_batch(self.schedule.batch_size, self.learned.num_support, self.generator)
         params = {k: v.detach() for k, v in self.params.items()}
-        with seeded(self.learned.seed + step, self.learned.device):
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        with seeded(seed, self.learned.device):
             gradients, loss = self.gradient(params, episode_views(episode, self.masked))
         gradients, norm = clip(gradients, self.schedule.max_grad_norm)
+        if not torch.isfinite(loss + norm):
+            return f"loss {loss.item():g} with gradient norm {norm.item():g} at meta-step {step}"
         self.history.loss.append(loss.item())
         self.history.grad_norm.append(norm.item())
-        if not torch.isfinite(loss + norm):
-            return False
         for name, value in self.params.items():
             value.grad = gradients[name]
         self.optimizer.step()
@@ -277,16 +338,8 @@ class _Loop:
         self.history.tasks_per_second.append(len(episode.support) / (perf_counter() - began))
         for callback in self.callbacks:
             callback(MetaStep(step, loss.item(), norm.item(), self._snapshot()))
-        return True
+        return None
 
     def _snapshot(self) -> dict[str, Tensor]:
         detached = {k: v.detach().clone() for k, v in self.params.items()}
         return {k: v.clone() for k, v in constrain(detached, self.constraints).items()}
-
-    def _stopped(self, step: int) -> str:
-        loss, norm = self.history.loss.pop(), self.history.grad_norm.pop()
-        self.history.stopped = f"loss {loss:g} with gradient norm {norm:g} at meta-step {step}"
-        return (
-            f"meta-learning stopped: {self.history.stopped}; the prior before it is kept. Standardise the data, "
-            'or take shorter or adaptive inner steps (preconditioner="adaptive")'
-        )

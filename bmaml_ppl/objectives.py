@@ -59,8 +59,14 @@ class Objective:
     def __add__(self, other: "Objective") -> "Objective":
         return Objective(self.terms + other.terms)
 
-    def __rmul__(self, weight: float) -> "Objective":
+    def __radd__(self, other: object) -> "Objective":
+        # sum() starts at 0.
+        return self if other == 0 else NotImplemented
+
+    def __mul__(self, weight: float) -> "Objective":
         return Objective(tuple((weight * w, name, loss) for w, name, loss in self.terms))
+
+    __rmul__ = __mul__
 
     def __str__(self) -> str:
         return " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name, _ in self.terms)
@@ -109,6 +115,12 @@ def chaser(num_leader_steps: int = 1, sites: Sequence[str] | None = None) -> Obj
     Reference:
         Yoon et al. (2018), Bayesian Model-Agnostic Meta-Learning, equation 9 and Algorithm 3.
     """
+    if num_leader_steps < 1:
+        raise ValueError(f"chaser(num_leader_steps={num_leader_steps}) learns nothing; give at least 1")
+    if isinstance(sites, str) or (sites is not None and not sites):
+        raise ValueError(
+            f'chaser(sites={sites!r}) must be a list of latent sites, such as ["weights"], or None for all'
+        )
 
     def loss(rollout: Rollout) -> Tensor:
         adapter, follower = rollout.adapter, rollout.follower

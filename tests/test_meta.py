@@ -166,16 +166,74 @@ def test_a_diverging_run_stops_with_the_last_good_prior() -> None:
             pyro.sample("obs", dist.Normal(a, 0.01), obs=y)
 
     inference = map_estimate(num_steps=20, step_size=1.0, preconditioner="none")
-    with pytest.warns(StoppedEarly, match="at meta-step 1.*prior before it is kept"):
+    with pytest.warns(StoppedEarly, match="at meta-step 1.*is kept"):
         prior = quick(sharp, level_tasks(12, 6), inference=inference, objective=query_nll(), num_steps=5)
     assert prior.params["mean"] == 0.5
     assert "meta-step 1" in str(prior.history.stopped)
 
 
+class _Interrupted:
+    """A callback that behaves like Ctrl-C at one step."""
+
+    def __call__(self, info: MetaStep) -> None:
+        if info.step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_later_divergence_returns_what_still_had_a_finite_loss() -> None:
+    """An outer rate of 200 throws the parameters away at the first step; the prior from before it comes back."""
+    tasks = level_tasks(12, 6)
+    with pytest.warns(StoppedEarly, match="at meta-step [2-9]"):
+        prior = quick(
+            level, tasks, inference=NEWTON, num_steps=9, optimizer=partial(torch.optim.SGD, lr=200.0), max_grad_norm=1e9
+        )
+    assert np.isfinite(prior.history.loss).all()
+    assert torch.isfinite(prior.adapt(tasks).particles).all()
+
+
+def test_an_interrupted_run_returns_the_prior_so_far() -> None:
+    with pytest.warns(StoppedEarly, match="interrupted at meta-step 3"):
+        prior = quick(level, level_tasks(12, 6), inference=NEWTON, num_steps=9, callbacks=[_Interrupted()])
+    assert prior.history.stopped == "interrupted at meta-step 3"
+    assert prior.params["mean"] != 0.5
+
+
+def test_the_users_learning_rate_is_used() -> None:
+    prior = quick(
+        level, level_tasks(12, 6), inference=NEWTON, num_steps=1, optimizer=partial(torch.optim.Adam, lr=1e-3)
+    )
+    assert abs(prior.params["mean"] - 0.5) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_going_on_keeps_the_units() -> None:
+    tasks = level_tasks(12, 6)
+    grams = Tasks({"x": tasks.data["x"], "y": 1000 * tasks.data["y"]}, outputs=("y",))
+    first = quick(level, grams.standardize(), inference=NEWTON, num_steps=1)
+    second = quick(level, grams, inference=NEWTON, num_steps=1, start=first)
+    assert second.scaling is not None
+    assert first.scaling is not None
+    assert torch.equal(second.scaling.scale["y"], first.scaling.scale["y"])
+    with pytest.raises(ValueError, match="own standardisation"):
+        quick(level, grams.standardize(), inference=NEWTON, num_steps=1, start=first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inference": svgd}, r"inference is <function.*inference=svgd\("),
+        ({"objective": query_nll}, "objective is <function.*query_nll"),
+        ({"tasks": {"x": 1}}, "tasks is {'x': 1}, a dict; write Tasks"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        quick(**{"model": level, "tasks": level_tasks(12, 6), **change})
+
+
 def test_checkpoints_can_be_loaded(tmp_path: Path) -> None:
     tasks = level_tasks(12, 6)
     cheap = svgd(num_particles=2, num_steps=1)
-    prior = quick(level, tasks, inference=cheap, num_steps=100, checkpoint_dir=tmp_path)
+    prior = quick(level, tasks, inference=cheap, num_steps=5, checkpoint_dir=tmp_path)
     assert_same(load_prior(tmp_path / "prior.safetensors", level), prior)
 
 
@@ -197,6 +255,8 @@ def test_raw_units_are_spoken_of() -> None:
     ("change", "message"),
     [
         ({"num_support": 6}, "6"),
+        ({"batch_size": 0}, "batch_size=0.*at least 1"),
+        ({"num_steps": -3}, "num_steps=-3.*at least 0"),
         ({"compile": "yes"}, "compile='yes'.*auto"),
         ({"inference": svgd(init="posterior")}, "init='posterior'.*free"),  # type: ignore[arg-type]
     ],

@@ -89,6 +89,24 @@ def test_objectives_add_and_scale() -> None:
     assert str(both) == "0.5 chaser(2) + query_nll(mixture)"
 
 
+def test_objectives_sum_and_multiply_from_both_sides() -> None:
+    rollout = start_line(STEIN)
+    torch.testing.assert_close(sum([query_nll(), chaser(1)])(rollout), (query_nll() + chaser(1))(rollout))
+    torch.testing.assert_close((query_nll() * 2)(rollout), (2 * query_nll())(rollout))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_chaser_needs_a_leader(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"num_leader_steps={steps}.*at least 1"):
+        chaser(steps)
+
+
+@pytest.mark.parametrize("sites", ["coef", []])
+def test_a_chasers_sites_are_a_list(sites: object) -> None:
+    with pytest.raises(ValueError, match="list of latent sites"):
+        chaser(1, sites=sites)  # type: ignore[arg-type]
+
+
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(ValueError, match=r"kind='median'.*\"mixture\" or \"mean\""):
         query_nll("median")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch.distributions import constraints
 
 from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.inference import map_estimate, svgd
-from bmaml_ppl.objectives import Objective, query_nll
+from bmaml_ppl.objectives import Objective, chaser, query_nll
 from bmaml_ppl.outer import clip, constrain, meta_gradient, parameter_groups, unconstrain
 from bmaml_ppl.types import Inference, Start, Tensors
 from tests.toys import bind, finite_differences, level, level_tasks, line, line_tasks, views_of
@@ -104,3 +104,25 @@ def test_networks_and_particles_move_slowly() -> None:
     assert fast["params"] == [params["mean"]]
     assert slow["lr"] < fast["lr"]
     assert len(parameter_groups({"mean": params["mean"]}, {"particles"})) == 1
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("name", ["map newton", "svgd newton", "svgd adaptive median"])
+@pytest.mark.parametrize("objective", [query_nll(), chaser(2)], ids=str)
+def test_recorded_steps_have_the_same_meta_gradient(first_order: bool, name: str, objective: Objective) -> None:
+    """Stop-gradients included: at the bandwidth, at the leader, and at first-order scores."""
+    median = svgd(num_particles=4, num_steps=2, preconditioner="adaptive", init="free")
+    inference = median if name == "svgd adaptive median" else INFERENCES[name](init="free")
+    particles = torch.randn(inference.num_particles, 2, generator=torch.Generator().manual_seed(0))
+    tasks = line_tasks(2, 5)
+    eager, recorded = (
+        meta_gradient(
+            bind(line, tasks, inference, "free", first_order, recorded),
+            objective,
+            {},
+            {"particles": particles},
+            views_of(tasks, 3),
+        )
+        for recorded in (False, True)
+    )
+    torch.testing.assert_close(recorded, eager, rtol=1e-10, atol=1e-10)

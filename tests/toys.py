@@ -59,11 +59,13 @@ def line_tasks(num_tasks: int, num_observations: int, seed: int = 0) -> Tasks:
     return Tasks({"x": x, "y": coef[:, :1] + coef[:, 1:] * x + noise}, outputs=("y",))
 
 
-def bind(model: Model, tasks: Tasks, inference: Inference, start: Start, first_order: bool = False) -> Adapter:
+def bind(
+    model: Model, tasks: Tasks, inference: Inference, start: Start, first_order: bool = False, recorded: bool = False
+) -> Adapter:
     """An adapter for a model, its inference rebuilt with the model's site layout."""
     density = from_model(model, {k: v[0] for k, v in tasks.data.items()})
     bound = ALGORITHMS[inference.name](**inference.config, sites=density.sites)
-    return Adapter(density, bound, start, first_order)
+    return Adapter(density, bound, start, first_order, recorded)
 
 
 def views_of(tasks: Tasks, num_support: int) -> Views:

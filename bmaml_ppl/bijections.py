@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SoftplusTransform
 
+from bmaml_ppl.bounded import Interval, StickBreaking
+
 __all__ = ["bijection"]
 
 
 def bijection(support: Any) -> Transform:
-    """The bijection from unconstrained coordinates onto a support: `biject_to`, and the triangular and
-    positive definite matrices for which torch and Pyro have none.
+    """The bijection from unconstrained coordinates onto a support: `biject_to`, intervals and simplices with
+    exact tails, and the triangular and positive definite matrices for which torch and Pyro have none.
 
     Args:
         support: A constraint.
@@ -26,7 +28,9 @@ def bijection(support: Any) -> Transform:
         return IndependentTransform(bijection(support.base_constraint), support.reinterpreted_batch_ndims)
     if isinstance(support, _MIXTURE) and not _has_bounds(support.base_constraint):
         return bijection(support.base_constraint)
-    return _MATRICES[type(support)] if type(support) in _MATRICES else biject_to(support)
+    if type(support) in _INTERVALS:
+        return Interval(support.lower_bound, support.upper_bound)
+    return _TRANSFORMS[type(support)] if type(support) in _TRANSFORMS else biject_to(support)
 
 
 _MIXTURE = getattr(torch.distributions.constraints, "MixtureSameFamilyConstraint", ())
@@ -123,7 +127,9 @@ class _Gram(Transform):
 
 _CHOLESKY = _LowerTriangular(ExpTransform())
 _POSITIVE_DEFINITE = ComposeTransform([_CHOLESKY, _Gram()])
-_MATRICES: dict[type, Transform] = {
+_INTERVALS = {type(constraints.unit_interval), constraints.interval, constraints.half_open_interval}
+_TRANSFORMS: dict[type, Transform] = {
+    type(constraints.simplex): StickBreaking(),
     type(constraints.lower_cholesky): _CHOLESKY,
     type(constraints.softplus_lower_cholesky): _LowerTriangular(SoftplusTransform()),
     type(constraints.unit_lower_cholesky): _LowerTriangular(None),

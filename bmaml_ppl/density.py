@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bmaml_ppl.bijections import bijection
+from bmaml_ppl.bounded import log_prob_at
 from bmaml_ppl.discovery import Discovery, Site, check_vectorised, discover, feasible_point
 from bmaml_ppl.draws import reparameterised
 from bmaml_ppl.handlers import Record, Sites, execute, is_factor
+from bmaml_ppl.observations import refuse_unsupported
 from bmaml_ppl.types import Model, Tensors
 
 __all__ = ["Density", "from_model"]
@@ -42,6 +44,7 @@ class Density:
         networks: Names of the meta-parameters that belong to a registered network.
         plate_dims: Batch dimension of each observed site that runs over observations, None if none does.
         constants: Keys of data known once per task, which no mask applies to.
+        derived: Keys of data from which a value observed at some site is computed.
     """
 
     model: Model
@@ -52,6 +55,7 @@ class Density:
     networks: frozenset[str]
     plate_dims: dict[str, int | None]
     constants: frozenset[str] = frozenset()
+    derived: frozenset[str] = frozenset()
 
     @property
     def dim(self) -> int:
@@ -127,12 +131,17 @@ class Density:
 
     def without_outputs(self, data: Data) -> dict[str, Tensor | None]:
         """The same data with every output that the model observes set to None, to be predicted."""
-        outputs = set(self.observed.values())
+        outputs = self.derived | set(self.observed.values())
         return dict(data) | {key: None for key in outputs if key is not None}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Density":
         """Moves the initial meta-parameters."""
         return replace(self, prior={k: v.to(device=device, dtype=dtype) for k, v in self.prior.items()})
+
+    def observe(self, z: Tensor, prior: Tensors, data: Data, mask: Tensor | None = None) -> dict[str, Record]:
+        """What every site of one run at z, (D,), is and holds, without log-probabilities."""
+        filled = data if mask is None else self._fill_padding(data, mask)
+        return self._run(prior, filled, _FromParts(self.sites, self._split(z))).records
 
     def _split(self, z: Tensor) -> dict[str, Tensor]:
         return {name: z[site.slice] for name, site in self.sites.items()}
@@ -144,7 +153,7 @@ class Density:
     def _evaluate(self, parts: Tensors, prior: Tensors, data: Data, mask: Tensor | None) -> tuple[Tensor, Sites]:
         assign = _FromParts(self.sites, parts)
         filled = data if mask is None else self._fill_padding(data, mask)
-        run = self._run(prior, filled, assign, log_prob=True)
+        run = self._run(prior, filled, assign, score=assign.score)
         log_probs = [_log_prob(run.records[name]).sum() for name in self.sites]
         return torch.stack([*assign.log_dets, *log_probs]).sum(), run
 
@@ -193,9 +202,15 @@ class Density:
             )
 
     def _run(
-        self, prior: Tensors, data: Data, assign: Callable[[str, Any], Tensor], *, log_prob: bool = False
+        self,
+        prior: Tensors,
+        data: Data,
+        assign: Callable[[str, Any], Tensor],
+        *,
+        score: Callable[[str, Any, Tensor], Tensor] | None = None,
     ) -> Sites:
-        run = execute(self.model, prior, data, Sites(assign, log_prob=log_prob), networks=bool(self.networks))
+        sites = Sites(assign, log_prob=score is not None, score=score)
+        run = execute(self.model, prior, data, sites, networks=bool(self.networks))
         if missing := [name for name in self.sites if name not in run.records]:
             raise ValueError(
                 f"latent site {missing[0]!r} is missing from this run, and was there when the model was first traced; "
@@ -231,6 +246,12 @@ class _FromParts:
         value = transform(unconstrained)
         self.log_dets.append(transform.log_abs_det_jacobian(unconstrained, value).sum())
         return value
+
+    def score(self, name: str, fn: Any, value: Tensor) -> Tensor:
+        """Log density of an assigned site at its coordinates, of its batch shape."""
+        if name not in self.sites:
+            return fn.log_prob(value)
+        return log_prob_at(fn, value, self.parts[name].reshape(self.sites[name].unconstrained_shape))
 
 
 class _ToVector:
@@ -287,6 +308,8 @@ def from_model(model: Model, data: Data, constants: Collection[str] = ()) -> Den
         networks=found.networks,
         plate_dims=found.plate_dims,
         constants=frozenset(constants),
+        derived=found.derived,
     )
+    refuse_unsupported(density, data)
     check_vectorised(density._log_joint_of_parts, found, data)
     return density

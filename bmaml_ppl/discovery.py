@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bmaml_ppl.bijections import bijection
 from bmaml_ppl.handlers import ambient, is_deterministic, isolated_store
+from bmaml_ppl.sources import derived_keys, plate_dim, refuse_repeated, source_of
 from bmaml_ppl.types import Model
 
-__all__ = ["Discovery", "Site", "check_vectorised", "discover", "feasible_point"]
+__all__ = ["Discovery", "Site", "check_vectorised", "clean_room", "discover", "feasible_point"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,20 @@ class Discovery:
     constraints: dict[str, constraints.Constraint]
     networks: frozenset[str]
     plate_dims: dict[str, int | None]
+    derived: frozenset[str] = frozenset()
 
 
 class _Inspect(Messenger):
-    """Collects every sample and param message of one run and refuses what cannot be a task model."""
+    """Collects every sample and param message of one run and refuses what cannot be a task model.
 
-    def __init__(self) -> None:
+    Args:
+        refuse_latents: Whether latent sites that cannot be adapted are refused; without outputs, what observes
+            them is latent too.
+    """
+
+    def __init__(self, *, refuse_latents: bool = True) -> None:
         super().__init__()
+        self.refuse_latents = refuse_latents
         self.messages: dict[str, dict[str, Any]] = {}
         self.params: dict[str, Tensor] = {}
         self.constraints: dict[str, constraints.Constraint] = {}
@@ -91,7 +100,8 @@ class _Inspect(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if isinstance(msg["fn"], _Subsample) or msg["is_observed"]:
             return
-        _refuse_latent(msg["name"], msg["fn"])
+        if self.refuse_latents:
+            _refuse_latent(msg["name"], msg["fn"])
         try:
             msg["value"] = msg["fn"]()
         except NotImplementedError:
@@ -186,19 +196,22 @@ def discover(model: Model, data: Mapping[str, Tensor | None], constants: Collect
     """
     _check_arguments(model, data)
     seen = _Inspect()
-    with _clean_room(data), seen:
+    with clean_room(data), seen:
         model(**data)
     _refuse_sites(seen)
     latent = {k: m for k, m in seen.messages.items() if not m["is_observed"]}
     observed = {k: m for k, m in seen.messages.items() if m["is_observed"] and not is_deterministic(m)}
-    sources = {name: _source(m["value"], data) for name, m in observed.items()}
+    for name, msg in observed.items():
+        refuse_repeated(name, msg)
+    sources = {name: source_of(name, m["value"], data) for name, m in observed.items()}
     return Discovery(
         sites=_layout(latent),
         observed=sources,
         params=seen.params,
         constraints=seen.constraints,
         networks=frozenset(seen.networks),
-        plate_dims={name: _plate_dim(m, sources[name], data, constants) for name, m in observed.items()},
+        plate_dims={name: plate_dim(m, sources[name], data, constants) for name, m in observed.items()},
+        derived=derived_keys(partial(_messages, model), [k for k, v in sources.items() if v is None], data),
     )
 
 
@@ -217,8 +230,8 @@ def _check_arguments(model: Model, data: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _clean_room(data: Mapping[str, Tensor | None]) -> Iterator[None]:
-    """Keeps the parameter store and the generators as they were, and watches for running statistics."""
+def clean_room(data: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Keeps the parameter store and the generators as they were in the block, and refuses running statistics."""
     tensors = [value for value in data.values() if value is not None]
     generators = pyro.util.get_rng_state()
     with ExitStack() as stack:
@@ -284,34 +297,11 @@ def _layout(latent: Mapping[str, Mapping[str, Any]]) -> dict[str, Site]:
     return sites
 
 
-def _source(value: Tensor, data: Mapping[str, Tensor | None]) -> str | None:
-    """The data key an observed value came from: the same tensor, or one equal to it."""
-    tensors = {key: tensor for key, tensor in data.items() if tensor is not None and tensor.numel() == value.numel()}
-    for key, tensor in tensors.items():
-        if value is tensor:
-            return key
-    for key, tensor in tensors.items():
-        dtype = torch.promote_types(value.dtype, tensor.dtype)
-        if value.numel() and torch.equal(value.reshape(-1).to(dtype), tensor.reshape(-1).to(dtype)):
-            return key
-    return None
-
-
-def _plate_dim(
-    msg: Mapping[str, Any], source: str | None, data: Mapping[str, Tensor | None], constants: Collection[str]
-) -> int | None:
-    """The batch dimension (from the right) that runs over observations; None for one value a task."""
-    if source in constants:
-        return None
-    key = data[source] if source is not None else None
-    if key is not None and key.shape == msg["value"].shape:
-        return -(key.ndim - msg["fn"].event_dim) or None
-    lengths = {v.shape[0] for k, v in data.items() if v is not None and v.ndim and k not in constants}
-    frames = [f.dim for f in msg["cond_indep_stack"] if f.dim is not None and f.size in lengths]
-    if frames:
-        return min(frames)
-    batch_shape = msg["fn"].batch_shape
-    return -len(batch_shape) if batch_shape and batch_shape[0] in lengths else None
+def _messages(model: Model, data: Mapping[str, Tensor | None]) -> dict[str, dict[str, Any]]:
+    seen = _Inspect(refuse_latents=False)
+    with clean_room(data), torch.enable_grad(), seen:
+        model(**data)
+    return seen.messages
 
 
 def check_vectorised(log_joint: Callable[..., Tensor], found: Discovery, data: Mapping[str, Tensor | None]) -> None:
@@ -337,7 +327,7 @@ def check_vectorised(log_joint: Callable[..., Tensor], found: Discovery, data: M
 
     sites = {f"site {k!r}": (lambda v, k=k: along({k: v}, {}), point) for k, point in points.items()}
     keys = {f"data {k!r}": (lambda v, k=k: along({}, {k: v}), pair) for k, pair in pairs.items()}
-    with _clean_room(data):
+    with clean_room(data):
         _vectorise(lambda parts: grad(along)(parts, {}), points, sites)
         _vectorise(lambda rows: along({}, rows), pairs, keys)
 

@@ -9,13 +9,14 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bmaml_ppl.types import Model, Tensors
 
-__all__ = ["Record", "Sites", "ambient", "execute", "is_deterministic", "is_factor", "isolated_store"]
+__all__ = ["Record", "Sites", "ambient", "execute", "is_deterministic", "is_factor", "isolated_store", "learned_params"]
 
 
 class Record(NamedTuple):
@@ -142,13 +143,22 @@ class Sites(Messenger):
         assign: `assign(name, fn) -> value` of a site.
         log_prob: Whether log-probabilities are wanted.
         resample: Whether observed sites are assigned too, and what they observe is ignored.
+        score: `score(name, fn, value) -> log-probability` of an assigned site; None is `fn.log_prob`.
     """
 
-    def __init__(self, assign: Callable[[str, Any], Tensor], *, log_prob: bool, resample: bool = False) -> None:
+    def __init__(
+        self,
+        assign: Callable[[str, Any], Tensor],
+        *,
+        log_prob: bool,
+        resample: bool = False,
+        score: Callable[[str, Any, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.assign = assign
         self.with_log_prob = log_prob
         self.resample = resample
+        self.score = score
         self.records: dict[str, Record] = {}
         self.deterministic: dict[str, Tensor] = {}
 
@@ -167,10 +177,25 @@ class Sites(Messenger):
             return
         log_prob = None
         if self.with_log_prob:
-            log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+            log_prob = scale_and_mask(self._log_prob(msg), msg["scale"], msg["mask"])
         plates = tuple((f.dim, f.size) for f in msg["cond_indep_stack"] if f.dim is not None)
         self.records[msg["name"]] = Record(msg["fn"], msg["value"], msg["is_observed"], log_prob, plates)
+
+    def _log_prob(self, msg: dict[str, Any]) -> Tensor:
+        fn, value = msg["fn"], msg["value"]
+        if self.score is not None and not msg["is_observed"]:
+            return self.score(msg["name"], fn, value)
+        if msg["is_observed"] and not value.is_floating_point() and not _counts_categories(fn):
+            value = value.to(torch.get_default_dtype())
+        log_prob: Tensor = fn.log_prob(value, *msg["args"], **msg["kwargs"])
+        return log_prob
+
+
+def _counts_categories(fn: Any) -> bool:
+    """Tells whether values are indices, which must stay integers."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Categorical)
 
 
 @contextmanager
@@ -203,6 +228,37 @@ def ambient(tensors: Iterable[Tensor | None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def learned_params(params: Tensors, *, networks: bool) -> Iterator[None]:
+    """Answers param statements and uses of registered networks in the block; sample statements go on to outer handlers.
+
+    Args:
+        params: Constrained value of every param statement, by name.
+        networks: Whether some params are `nn.Parameter` of a registered network.
+    """
+    swap = _SwapParameters()
+    with ExitStack() as stack:
+        stack.enter_context(ambient(params.values()))
+        stack.enter_context(pyro.settings.context(module_local_params=False))
+        stack.enter_context(isolated_store())
+        stack.enter_context(pyro.poutine.block(hide_types=["param"]))
+        if networks:
+            stack.enter_context(swap)
+        stack.enter_context(_AnswerParams(params, swap))
+        yield
+    swap.check_registered()
+
+
+@contextmanager
+def _own_plate_dims() -> Iterator[None]:
+    """Lets plates in the block choose their dimensions as if there were none around it."""
+    saved, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack = saved
+
+
 def execute(model: Model, params: Tensors, data: Mapping[str, Tensor | None], sites: Sites, *, networks: bool) -> Sites:
     """Runs a model once as a pure function: params from a dict, latents assigned, nothing global touched.
 
@@ -222,6 +278,7 @@ def execute(model: Model, params: Tensors, data: Mapping[str, Tensor | None], si
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(pyro.settings.context(module_local_params=False))
         stack.enter_context(isolated_store())
+        stack.enter_context(_own_plate_dims())
         stack.enter_context(pyro.poutine.block())
         if networks:
             stack.enter_context(swap)

@@ -1,5 +1,6 @@
 """The meta-learned prior: what the outer loop returns, and what adapts to new tasks."""
 
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,23 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, seeded
+from bmaml_ppl.compile import Recorded
 from bmaml_ppl.density import Density
 from bmaml_ppl.inference import ALGORITHMS
+from bmaml_ppl.model_view import learned_model
+from bmaml_ppl.observations import check_observations
 from bmaml_ppl.posterior import Posterior
-from bmaml_ppl.prediction import simulate
+from bmaml_ppl.prediction import check_count, simulate
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
-from bmaml_ppl.types import Inference, Start
+from bmaml_ppl.types import Inference, Model, Start
 
 __all__ = ["History", "LearnedPrior"]
 
 _CHUNK_BYTES = 2**28
+_MOST_RECORDED = 8
+_MOST_SEEN = 1000
 
 
 @dataclass
@@ -42,7 +48,42 @@ class History:
     stopped: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
+class _Adapters:
+    """Records adaptation from the second call with the same layout of data on, so that one call alone pays nothing.
+
+    Only so many layouts are recorded, and none of them is given up for a later one: a recording takes about a second,
+    and calls that go through many layouts in turn would else record at each.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[Any] = set()
+        self.recorded: dict[Any, Adapter] = {}
+
+    def choose(self, adapter: Adapter, parts: list[TaskData]) -> list[Adapter]:
+        """The adapter for each part of one call: a recorded one where the part's layout came in a call before."""
+        keys = [self._key(adapter, part) for part in parts]
+        for key in set(keys) & self.seen - self.recorded.keys():
+            if len(self.recorded) < _MOST_RECORDED:
+                self.recorded[key] = _record(adapter)
+        if len(self.recorded) < _MOST_RECORDED and len(self.seen) < _MOST_SEEN:
+            self.seen.update(keys)
+        return [self.recorded.get(key, adapter) for key in keys]
+
+    def _key(self, adapter: Adapter, part: TaskData) -> Any:
+        tensors = part.data if part.mask is None else {**part.data, "": part.mask}
+        layout = tuple(sorted((k, v.shape, str(v.dtype), str(v.device)) for k, v in tensors.items()))
+        return adapter.inference.name, repr(sorted(adapter.inference.config.items())), adapter.start, layout
+
+
+def _record(adapter: Adapter) -> Adapter:
+    recorded = replace(adapter, recorded=True)
+    for function in vars(recorded).values():
+        if isinstance(function, Recorded):
+            function.interpreted = True
+    return recorded
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class LearnedPrior:
     """A shared prior over tasks, with the inference that adapts it.
 
@@ -68,6 +109,20 @@ class LearnedPrior:
     num_support: int | range
     seed: int
     history: History = field(default_factory=History)
+    _adapters: _Adapters = field(default_factory=_Adapters, init=False)
+
+    def __repr__(self) -> str:
+        shots = self.num_support
+        shown = shots if isinstance(shots, int) else f"{shots.start} to {shots[-1]}"
+        return (
+            f"LearnedPrior(sites: {', '.join(self.density.sites)}; learned for {shown} shots; {self.inference.name}, "
+            f"{self.inference.num_particles} particles, {self.start} start)"
+        )
+
+    @property
+    def model(self) -> Model:
+        """The user's model with the learned meta-parameters and networks in place, for Pyro's own tools."""
+        return learned_model(self.density, self.params)
 
     @property
     def constraints(self) -> dict[str, Constraint]:
@@ -98,6 +153,9 @@ class LearnedPrior:
     ) -> Posterior:
         """Adapts to one task or to many at once.
 
+        A second call with data of the same shape records the computation, which takes about a second; later ones
+        are fast.
+
         Args:
             tasks: Tasks to adapt to, in the user's units, or None.
             inference: Another algorithm than the one learned with; a free start needs as many particles.
@@ -110,6 +168,7 @@ class LearnedPrior:
             The posterior.
 
         Raises:
+            TypeError: If something else than Tasks or numbers is given, or num_steps or chunk_size is not an integer.
             ValueError: If data is missing, unknown or of the wrong shape, or particles became non-finite; the
                 message names the key or the tasks.
         """
@@ -118,11 +177,14 @@ class LearnedPrior:
         adapter = self._adapter(inference)
         seed = self.seed if seed is None else seed
         batch = as_task_data(replace(given, scaling=self.scaling))
+        check_observations(self.density, self.params, batch.data, batch.mask, given.names)
         steps = adapter.inference.num_steps if num_steps is None else num_steps
         chunk = _chunk_size(adapter, batch) if chunk_size is None else chunk_size
-        if steps < 0 or chunk < 1:
-            raise ValueError(f"num_steps={steps} must be at least 0 and chunk_size={chunk} at least 1")
-        states = [self._adapt(adapter, part, steps, seed) for part in _chunks(batch, len(given), chunk)]
+        check_count("num_steps", steps, least=0)
+        check_count("chunk_size", chunk, least=1)
+        parts = _chunks(batch, len(given), chunk)
+        adapters = self._adapters.choose(adapter, parts)
+        states = [self._adapt(chosen, part, steps, seed) for chosen, part in zip(adapters, parts, strict=True)]
         state = tree_map(lambda *parts: torch.cat(parts), *states)
         _check_finite(state.particles, given)
         return Posterior(
@@ -149,6 +211,7 @@ class LearnedPrior:
             Observed sites in the user's units and deterministic sites, (S, ...) or (S, T, ...); padded rows of
             observed sites are NaN.
         """
+        check_count("num_samples", num_samples, least=1)
         batch, single = self._inputs(tasks, data)
         z = self._draw(batch, num_samples)
         draws = simulate(self.density, self.params, z, batch, self.scaling, self.seed)
@@ -165,6 +228,7 @@ class LearnedPrior:
         Returns:
             Latent sites on their supports, in the model's units, (S, ...) or (S, T, ...).
         """
+        check_count("num_samples", num_samples, least=1)
         batch, single = self._inputs(tasks, data)
 
         def constrain(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -191,6 +255,7 @@ class LearnedPrior:
         """Exports prior and prior predictive draws to ArviZ; see `Posterior.to_arviz`."""
         from bmaml_ppl.diagnostics.posterior_tree import prior_tree
 
+        check_count("num_samples", num_samples, least=1)
         return prior_tree(self, tasks, num_samples)
 
     def save(self, path: str | Path) -> None:
@@ -220,7 +285,8 @@ class LearnedPrior:
         return Adapter(self.density, bound, start)
 
     def _adapt(self, adapter: Adapter, batch: TaskData, num_steps: int, seed: int) -> Any:
-        with torch.no_grad(), seeded(seed, self.device):
+        with torch.no_grad(), seeded(seed, self.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="a step could not be recorded")
             return adapter.adapt(self.params, batch, num_steps)
 
 

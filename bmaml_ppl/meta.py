@@ -18,6 +18,7 @@ from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.inference import ALGORITHMS, svgd
 from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.objectives import Objective, chaser, marginal_nll, query_nll
+from bmaml_ppl.observations import check_observations
 from bmaml_ppl.outer import clip, constrain, episode_views, meta_gradient, parameter_groups, unconstrain
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
@@ -146,6 +147,7 @@ def _prepare(
     with seeded(seed, torch.device("cpu")):  # a model may draw its initial values
         density = from_model(model, example, tasks.constants)
     _check_maskable(density, tasks, num_support)
+    check_observations(density, density.to(device=_device_of(tasks)).prior, batch.data, batch.mask, tasks.names)
     inference = ALGORITHMS[inference.name](**inference.config, sites=density.sites)
     kind = resolve_start(inference, density, TaskData(example, None))
     reserved = inference.parameters(density.dim)

@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_map
 from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, seeded
 from bmaml_ppl.density import Density
 from bmaml_ppl.guide import particle_guide
-from bmaml_ppl.prediction import blank_padding, simulate
+from bmaml_ppl.model_view import learned_model
+from bmaml_ppl.prediction import blank_padding, check_count, simulate
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
-from bmaml_ppl.types import Inference
+from bmaml_ppl.types import Inference, Model
 
 __all__ = ["Posterior"]
 
@@ -24,7 +25,7 @@ __all__ = ["Posterior"]
 _STREAM = 2_000_003
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
     """Adapted tasks: draws of their latents, and predictions in the user's units.
 
@@ -63,6 +64,16 @@ class Posterior:
         """Names of the tasks."""
         return self.tasks.names
 
+    @property
+    def model(self) -> Model:
+        """The user's model with the learned meta-parameters and networks in place, for Pyro's own tools."""
+        return learned_model(self.density, self.params)
+
+    def __repr__(self) -> str:
+        tasks = "1 task" if len(self) == 1 else f"{len(self)} tasks"
+        sites = ", ".join(self.density.sites)
+        return f"Posterior({tasks}; sites: {sites}; {self.inference.name}, {self.inference.num_particles} particles)"
+
     def __len__(self) -> int:
         return len(self.tasks)
 
@@ -79,6 +90,7 @@ class Posterior:
         if num_samples is None:
             z = self.state.particles
         else:
+            check_count("num_samples", num_samples, least=1)
             with torch.no_grad(), seeded(self.seed + _STREAM, self.state.particles.device):
                 z = vmap(lambda s: self.inference.sample(s, num_samples, None), randomness="same")(self.state)
         return self._draw_first(z)
@@ -110,6 +122,7 @@ class Posterior:
             Observed sites in the user's units and deterministic sites in the model's: (S, N, ...) or
             (S, T, N, ...), as `pyro.infer.Predictive` gives them. Padded rows of observed sites are NaN.
         """
+        check_count("num_samples", num_samples, least=1)
         new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=False))
         z = self._task_first(self.draws(num_samples))
         draws = simulate(self.density, self.params, z, new, self.scaling, self.seed)
@@ -145,22 +158,25 @@ class Posterior:
         """Exports to ArviZ: `InferenceData` on ArviZ 0.x, `DataTree` on 1.x.
 
         Args:
-            tasks: Observations to predict and score, or None for those adapted to.
+            tasks: Observations to predict and score, or None for those adapted to. Inputs suffice: outputs that
+                are not given are predicted, and neither scored nor shown as observed.
             num_samples: Draws.
             **data: The same as keyword tensors.
         """
         from bmaml_ppl.diagnostics.posterior_tree import posterior_tree
 
-        new = self._new_tasks(tasks, data, need_outputs=True)
+        check_count("num_samples", num_samples, least=1)
+        new = self._new_tasks(tasks, data, need_outputs=False)
         return posterior_tree(self, new, num_samples)
 
     def as_guide(self) -> Callable[..., dict[str, Tensor]]:
         """A Pyro guide that draws from this posterior, for `pyro.infer.Predictive` and `Importance`.
 
         Its density is a smooth mixture around the particles with their covariance (a point where there is
-        only one), so that importance weights are proper. Data passed to it must be in the model's units. Pyro
-        reads `pyro.param` from its store, so give it the model with the learned values:
-        `pyro.poutine.substitute(model, data=posterior.params)`.
+        only one), so that importance weights are proper. Data passed to it must be in the model's units. Pair
+        it with `posterior.model`, which holds the learned meta-parameters and networks where the user's own model
+        would read their initial values:
+        `Predictive(posterior.model, guide=posterior.as_guide(), num_samples=1000)(x=x)`.
 
         Raises:
             ValueError: If the posterior holds several tasks.

@@ -1,6 +1,7 @@
 """Learned priors on disk: one safetensors file, tensors and a JSON schema of the model they belong to."""
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.learned import LearnedPrior
+from bmaml_ppl.model_view import fingerprint
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.template import Template
 from bmaml_ppl.types import Inference, Model
@@ -29,6 +31,7 @@ FORMAT_VERSION = 1
 """Raised whenever an older reader would misread the file."""
 
 _FORMAT = "bmaml_ppl.prior"
+_TOLERANCE = 1e-3
 
 Schema = dict[str, Any]
 
@@ -66,7 +69,8 @@ def save_prior(prior: LearnedPrior, path: str | Path) -> None:
 def load_prior(path: str | Path, model: Model) -> LearnedPrior:
     """Reads a learned prior back for the model it was learned with.
 
-    The model runs on made-up data, a one in every cell, so that its sites can be compared with the file's.
+    The model runs on made-up data, so that its sites, their distributions and their log-probabilities can be
+    compared with the file's.
 
     Args:
         path: What `LearnedPrior.save` wrote.
@@ -100,6 +104,7 @@ def _describe_prior(prior: LearnedPrior) -> Schema:
     else:
         shots = num_support
     inference = {"name": prior.inference.name, "config": prior.inference.config}
+    on_cpu = prior.to("cpu")
     return {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
@@ -113,6 +118,7 @@ def _describe_prior(prior: LearnedPrior) -> Schema:
             for name, value in prior.params.items()
         },
         "template": _describe_template(prior.template),
+        "fingerprint": fingerprint(on_cpu.density, on_cpu.params, prior.template),
         "inference": inference,
         "start": prior.start,
         "num_support": shots,
@@ -215,6 +221,7 @@ def _rebuild(path: Path, schema: Schema, tensors: Mapping[str, Tensor], model: M
     scaling = _select(tensors, "scaling.")
     template = _read_template(schema["template"])
     density = _match_model(path, schema, model, template, next(iter(params.values())))
+    _match_fingerprint(path, schema.get("fingerprint", {}), fingerprint(density, params, template))
     shots = schema["num_support"]
     return LearnedPrior(
         density=replace(density, prior={name: params[name] for name in density.prior}),
@@ -277,10 +284,32 @@ def _match_model(path: Path, schema: Schema, model: Model, template: Template, l
     )
 
 
+def _match_fingerprint(path: Path, wanted: Schema, found: Schema) -> None:
+    """Refuses a model whose sites have other distributions, or other densities at the same point, than the file's."""
+    changed = [f"{name!r} ({difference})" for name in wanted if (difference := _change(wanted[name], found.get(name)))]
+    if found and changed:
+        raise ValueError(
+            f"the model is not the one '{path}' was learned with: sites {', '.join(changed)} changed. Give load_prior "
+            "the model as it was, or learn the prior again with the new one"
+        )
+
+
+def _change(wanted: Schema, found: Schema | None) -> str:
+    if found is None:
+        return "missing"
+    if wanted["distribution"] != found["distribution"]:
+        return f"{found['distribution']} in the model, expected {wanted['distribution']}"
+    before, now = wanted["log_prob"], found["log_prob"]
+    if before is None or now is None:  # not finite: nothing to tell models apart by
+        return ""
+    same = math.isclose(before, now, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return "" if same else f"log-probability {now:.6g} in the model at made-up data, expected {before:.6g}"
+
+
 def _look_at(model: Model, template: Template, like: Tensor, seed: int) -> Density:
     shapes = {size for shape in [*template.data.values(), *template.constants.values()] for size in shape}
     rows = next(n for n in (7, 11, 13, 17, 19, 23, *range(24, 10_000)) if n not in shapes)
-    example = template.example(rows, like)
+    example = template.varied_example(rows, like)
     with pyro.validation_enabled(False), seeded(seed, torch.device("cpu")):
         return from_model(model, example, template.constants)
 

@@ -65,10 +65,17 @@ class Template:
             The tasks, and whether a single task was given.
 
         Raises:
-            TypeError: Both tasks and values were given, or a floating value for a key that holds integers.
+            TypeError: Both tasks and values were given, something else than Tasks, values that are not numbers, or
+                a floating value for a key that holds integers.
             ValueError: A key is missing, unknown, or of the wrong shape, or the tasks are not the adapted
                 ones.
         """
+        if tasks is not None and not isinstance(tasks, Tasks):
+            raise TypeError(
+                f"got {type(tasks).__name__} where Tasks are expected; give keyword tensors, "
+                f"{', '.join(f'{key}=...' for key in [*self.data, *self.constants])}, or make Tasks with "
+                "Tasks.from_list"
+            )
         given = {key: value for key, value in values.items() if value is not None}
         single = False
         if tasks is None:
@@ -88,6 +95,32 @@ class Template:
             key: torch.ones(shape, dtype=self.integers.get(key, like.dtype), device=like.device)
             for key, shape in shapes.items()
         }
+
+    def varied_example(self, num_observations: int, like: Tensor) -> dict[str, Tensor]:
+        """As `example`, with another number between 0.1 and 0.9 in every floating cell, and zeros and ones in integer
+        outputs, for keys and models to be told apart; integer inputs, which may be indices, stay one."""
+        values = self.example(num_observations, like)
+        for index, (key, ones) in enumerate(sorted(values.items())):
+            order = torch.arange(1, ones.numel() + 1, device=ones.device, dtype=torch.float64)
+            if key in self.outputs and not ones.is_floating_point():
+                values[key] = (order % (2 + index) == 1).to(ones).reshape(ones.shape)
+            if ones.is_floating_point():
+                values[key] = (0.1 + 0.8 * (0.618034 * (order + 0.37 * index) % 1)).to(ones).reshape(ones.shape)
+        return values
+
+    def fill_outputs(self, tasks: Tasks) -> Tasks:
+        """Puts a one in every cell of outputs that are not given, so that those given can be scored."""
+        like = next(iter(tasks.data.values()))
+        missing = [key for key in self.outputs if key not in tasks.data and key not in tasks.constants]
+
+        def ones(key: str, *lead: int) -> Tensor:
+            return torch.ones(*lead, *self._shape(key), dtype=self.integers.get(key, like.dtype), device=like.device)
+
+        data = {key: ones(key, *like.shape[:2]) for key in missing if key in self.data}
+        constants = {key: ones(key, len(tasks)) for key in missing if key in self.constants}
+        if tasks.mask is not None:  # padded cells are zero
+            data = {k: v * tasks.mask.reshape(*tasks.mask.shape, *(1,) * (v.ndim - 2)).to(v) for k, v in data.items()}
+        return replace(tasks, data={**tasks.data, **data}, constants={**tasks.constants, **constants})
 
     def _conform(self, tasks: Tasks, need_outputs: bool, like: Tensor) -> Tasks:
         self._check_keys(set(tasks.data) | set(tasks.constants), need_outputs)
@@ -130,7 +163,7 @@ class Template:
         return len(self._shape(key)) + (key in self.data)
 
     def _as_tensor(self, key: str, value: Any, like: Tensor, kind: str = "") -> Tensor:
-        tensor = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
+        tensor = value if isinstance(value, Tensor) else _to_tensor(key, value)
         wanted = self.integers.get(key, like.dtype)
         if tensor.is_floating_point() and not wanted.is_floating_point:
             raise TypeError(f"{key!r} holds {tensor.dtype}, but the prior was learned with {wanted}; convert it")
@@ -153,6 +186,19 @@ class Template:
         needed = set(known) if need_outputs else set(known) - set(self.outputs)
         if missing := sorted(needed - given):
             raise ValueError(f"missing data {missing}; give all of {sorted(needed)}")
+
+
+def _to_tensor(key: str, value: Any) -> Tensor:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{key!r} holds lists of different lengths; give one rectangular array, or tasks of different lengths as "
+            "Tasks.from_list([...])"
+        ) from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{key!r} holds {array.dtype} values, got {value!r:.60}; give numbers")
+    return torch.tensor(array)
 
 
 def _check_count(lengths: Mapping[str, int], names: tuple[str, ...]) -> None:

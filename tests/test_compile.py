@@ -45,3 +45,31 @@ def test_what_cannot_be_recorded_runs_eagerly_after_a_warning() -> None:
 )
 def test_auto_records_long_runs(compile: Any, steps: int, wanted: bool) -> None:
     assert should_record(compile, steps) is wanted
+
+
+def test_interpreted_graphs_draw_and_compute_the_same() -> None:
+    def step(x: Tensor, y: Tensor | None) -> list[Tensor]:
+        return [x.sin() * torch.randn(3) + 1, x]
+
+    plain, quick = Recorded(step), Recorded(step)
+    quick.interpreted = True
+    x = torch.arange(3.0, dtype=torch.float64)
+    for _ in range(3):  # TorchScript optimises on its second run
+        results = []
+        for function in (plain, quick):
+            with torch.no_grad(), torch.random.fork_rng():
+                torch.manual_seed(5)
+                results.append(function(x, None))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not plain._programs
+    (program,) = quick._programs.values()
+    assert isinstance(program, torch.jit.ScriptModule)
+
+
+def test_gradients_go_through_the_plain_graph() -> None:
+    quick = Recorded(lambda x: [x.square()])
+    quick.interpreted = True
+    x = torch.tensor(3.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(quick(x)[0], x)
+    assert gradient == 6
+    assert not quick._programs

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,6 @@ from tests.scenarios import LATENTS, MATRIX_SUPPORTS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:An output with one or more elements was resized",  # torch's softplus under vmap(hessian)
-    "ignore:There is a performance drop because we have not yet implemented the batching rule",  # torch's own
     "ignore:.torch.jit.script. is deprecated",  # torch's own forward-mode derivatives
     "ignore:Singular sample detected",  # torch's Wishart sampler
 )
@@ -291,9 +291,10 @@ def test_two_dimensional_observations_are_masked_along_rows() -> None:
 
 @pytest.mark.parametrize("derived", [False, True])
 def test_observations_without_a_plate_cannot_be_masked(derived: bool) -> None:
-    def model(y: Tensor) -> None:
+    def model(y: Tensor | None) -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        pyro.sample("total", dist.Normal(a.expand(4), 1.0).to_event(1), obs=y.exp() if derived else y)
+        obs = y if y is None or not derived else y.exp()
+        pyro.sample("total", dist.Normal(a.expand(4), 1.0).to_event(1), obs=obs)
 
     density = from_model(model, {"y": Y})
     assert density.observed == {"total": None if derived else "y"}
@@ -426,3 +427,79 @@ def test_runs_where_the_data_is(device: torch.device) -> None:
     z = density.draw_prior(density.prior, data)
     assert density.log_joint(z, density.prior, data).device.type == device.type
     assert density.simulate(z, density.prior, data)["obs"].device.type == device.type
+
+
+TAILS: dict[str, Callable[[], Any]] = {
+    "Beta": lambda: dist.Beta(2.0, 0.5).expand([3]).to_event(1),
+    "Dirichlet": lambda: dist.Dirichlet(torch.tensor([1.04, 1.3, 0.4, 2.0])),
+    "Gamma below": lambda: dist.Gamma(2.0, 1.0).expand([3]).to_event(1),
+    "LogNormal": lambda: dist.LogNormal(0.0, 3.0).expand([3]).to_event(1),
+    "Uniform": lambda: dist.Uniform(999.0, 1000.0).expand([3]).to_event(1),
+}
+
+
+@pytest.mark.parametrize("far", [-90.0, -52.9, -20.0, 20.0, 52.9, 90.0])
+@pytest.mark.parametrize("name", TAILS)
+def test_tails_in_single_precision_are_those_in_double(name: str, far: float) -> None:
+    if "below" in name and far > 0:
+        pytest.skip("the density underflows there, also in double precision")
+    results = []
+    for dtype in (torch.float32, DOUBLE):
+        torch.set_default_dtype(dtype)
+        data = {"y": Y.to(dtype)}
+        density = from_model(model_of(TAILS[name]), data)
+        log_prior = functools.partial(density.log_prior, prior={}, data=data)
+        z = torch.tensor([0.5, far, -0.3])
+        results.append([f(z).double() for f in (log_prior, grad(log_prior), _hessian(log_prior))])
+        third = grad(lambda z, f=log_prior: _hessian(f)(z).sum())(z)
+        assert bool(third.isfinite().all())
+    for single, double in zip(*results, strict=True):
+        torch.testing.assert_close(single, double, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("low", [-1.0, 0.0, 999.0])
+def test_values_stay_inside_the_interval_by_a_rounding(low: float, dtype: torch.dtype) -> None:
+    transform = bijection(constraints.interval(low, low + 1))
+    values = transform(torch.tensor([-200.0, -90.0, 90.0, 200.0], dtype=dtype))
+    assert bool(((values > low) & (values < low + 1)).all())
+    bounds = torch.tensor([low, low, low + 1, low + 1], dtype=dtype)
+    assert bool(((values - bounds).abs() <= 2 * torch.finfo(dtype).eps * max(abs(low), 1.0)).all())
+    simplex = bijection(constraints.simplex)(torch.tensor([-200.0, 90.0, 0.0], dtype=dtype))
+    assert bool((simplex > 0).all())
+    assert bool(constraints.simplex.check(simplex))
+
+
+def test_a_learned_bound_has_its_gradient_where_values_round_to_it() -> None:
+    def end(high: Tensor) -> Tensor:
+        return bijection(constraints.interval(0.0, high))(torch.tensor(200.0))
+
+    torch.testing.assert_close(grad(end)(torch.tensor(3.0)), torch.tensor(1.0))
+
+
+def test_derivatives_of_categories_and_simplices_warn_of_nothing() -> None:
+    def model(y: Tensor | None = None) -> None:
+        probs = pyro.sample("probs", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", 4):
+            pyro.sample("obs", dist.Categorical(probs), obs=y)
+
+    y = torch.tensor([[0, 1, 2, 2], [0, 1, 1, 1]])
+    density = from_model(model, {"y": y[0]})
+
+    def curvature(z: Tensor, y: Tensor) -> Tensor:
+        return _hessian(lambda z: density.log_joint(z, {}, {"y": y}))(z)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bool(vmap(vmap(curvature, (0, None)))(torch.zeros(2, 5, 2), y).isfinite().all())
+
+
+def test_values_computed_from_data_are_simulated_where_the_model_allows_it() -> None:
+    def model(y: Tensor | None) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("obs", dist.Normal(a, 1.0), obs=None if y is None else y.exp())
+
+    density = from_model(model, {"y": Y})
+    assert density.derived == {"y"}
+    assert density.simulate(torch.zeros(1), {}, {})["obs"].shape == (4,)

@@ -255,17 +255,18 @@ def test_a_fault_inside_the_model_is_shown_as_it_is() -> None:
 
 
 def test_sources_of_observed_values() -> None:
-    def model(x: Tensor, y: Tensor, count: Tensor) -> None:
+    def model(x: Tensor, y: Tensor | None, count: Tensor) -> None:
         a = latent()
         with pyro.plate("data", 4):
             pyro.sample("same", dist.Normal(a, 1.0), obs=y)
-            pyro.sample("log", dist.Normal(a, 1.0), obs=y.exp())
+            pyro.sample("log", dist.Normal(a, 1.0), obs=None if y is None else y.exp())
             pyro.sample("cast", dist.Poisson(a.exp()), obs=count.double())
         with pyro.plate("rows", 4, dim=-2):
-            pyro.sample("column", dist.Normal(a, 1.0).expand([4, 1]), obs=y.unsqueeze(-1))
+            pyro.sample("column", dist.Normal(a, 1.0).expand([4, 1]), obs=None if y is None else y[:, None])
 
     found = discover(model, {**DATA, "count": torch.tensor([0, 2, 1, 3])})
     assert found.observed == {"same": "y", "log": None, "cast": "count", "column": "y"}
+    assert found.derived == {"y"}
     assert found.plate_dims == {"same": -1, "log": -1, "cast": -1, "column": -2}
 
 

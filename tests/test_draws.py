@@ -209,7 +209,7 @@ def test_a_derived_observation_is_drawn_even_where_its_output_is_given() -> None
     def model(x: Tensor, y: Tensor) -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 4):
-            pyro.sample("obs", dist.Normal(a * x, 1.0), obs=y.exp())
+            pyro.sample("obs", dist.Normal(a * x, 1.0), obs=None if y is None else y.exp())
 
     density = from_model(model, DATA)
     first, second = (density.simulate(torch.zeros(1), {}, DATA)["obs"] for _ in range(2))

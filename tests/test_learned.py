@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -103,8 +104,106 @@ def test_chunks_change_nothing(prior: bp.LearnedPrior, chunk_size: int) -> None:
 
 @pytest.mark.parametrize("settings", [{"chunk_size": 0}, {"chunk_size": -1}, {"num_steps": -1}])
 def test_impossible_sizes_are_refused(prior: bp.LearnedPrior, settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="at least 0 and chunk_size=.* at least 1"):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* must be at least"):
         prior.adapt(make_tasks(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"chunk_size": 2.5}, {"num_steps": 2.5}, {"num_steps": "3"}, {"num_steps": True}])
+def test_sizes_that_are_no_integers_are_refused(prior: bp.LearnedPrior, settings: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(settings))}=.* give a whole number"):
+        prior.adapt(make_tasks(), **settings)
+
+
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_no_draws_are_refused(prior: bp.LearnedPrior, num_samples: int) -> None:
+    for method in (prior.predict, prior.sites, prior.to_arviz):
+        with pytest.raises(ValueError, match=f"num_samples={num_samples} must be at least 1"):
+            method(make_tasks(), num_samples=num_samples)
+    with pytest.raises(TypeError, match="num_samples=1.5 is float"):
+        prior.predict(make_tasks(), num_samples=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"x": [0.0], "y": [1.0], "dose": 0.0}, [make_tasks()], "tasks"])
+def test_what_is_not_tasks_is_refused(prior: bp.LearnedPrior, given: Any) -> None:
+    with pytest.raises(TypeError, match="where Tasks are expected; give keyword tensors, x=..., y=..., dose=..."):
+        prior.adapt(given)
+    with pytest.raises(TypeError, match="where Tasks are expected"):
+        prior.predict(given)
+
+
+def test_values_that_are_no_numbers_are_refused(prior: bp.LearnedPrior) -> None:
+    with pytest.raises(TypeError, match="'y' holds .* give numbers"):
+        prior.adapt(x=[0.0, 1.0], y=["low", "high"], dose=0.0)
+    with pytest.raises(ValueError, match="'y' holds lists of different lengths.*Tasks.from_list"):
+        prior.adapt(x=[[0.0, 1.0], [0.0, 1.0]], y=[[0.0, 1.0], [0.0]], dose=[0.0, 0.0])
+
+
+def waiting(x: Tensor, y: Tensor | None = None) -> None:
+    rate = pyro.sample("rate", dist.Gamma(pyro.param("shape", torch.ones(())), 1.0))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", dist.Exponential(rate * torch.ones_like(x)), obs=y)
+
+
+def test_observations_outside_their_support_are_refused_by_task() -> None:
+    tasks = flat_tasks()
+    prior = learn(waiting, replace(tasks, data={**tasks.data, "y": tasks.data["y"].abs() + 0.1}))
+    y = torch.tensor([[1.0, 2.0], [1.0, -2.0]])
+    for _ in range(3):  # recorded adaptation too
+        prior.adapt(x=torch.zeros(2, 2), y=y.abs())
+        with pytest.raises(ValueError, match="'obs' is Exponential.* of task 'task 1' holds -2.0"):
+            prior.adapt(x=torch.zeros(2, 2), y=y)
+
+
+def test_repr_is_one_line(prior: bp.LearnedPrior) -> None:
+    assert repr(prior) == "LearnedPrior(sites: coef, noise; learned for 2 shots; svgd, 5 particles, prior start)"
+    many = replace(prior, num_support=range(2, 5))
+    assert "learned for 2 to 4 shots" in repr(many)
+
+
+@pytest.mark.parametrize("inference", [small, map_estimate(num_particles=2, init="prior")], ids=["svgd", "map"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4)], ids=["masked", "whole"])
+def test_a_recorded_adaptation_is_the_eager_one(inference: Inference, lengths: tuple[int, ...]) -> None:
+    fresh = learn(line, make_tasks().standardize())
+    tasks = make_tasks(lengths)
+    other = replace(tasks, data={k: 0.5 * v for k, v in tasks.data.items()})
+    eager = [fresh.adapt(tasks, inference=inference, seed=3).particles]
+    assert not fresh._adapters.recorded
+    eager.append(replace(fresh).adapt(other, inference=inference, seed=4).particles)
+    again = [
+        fresh.adapt(tasks, inference=inference, seed=3).particles,
+        fresh.adapt(other, inference=inference, seed=4).particles,
+    ]
+    (recorded,) = fresh._adapters.recorded.values()
+    update: Any = recorded._update
+    assert [graph is not None for graph in update.graphs.values()] == [True]
+    for expected, found in zip(eager, again, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-11)
+    shifted = fresh.params | {"mean": fresh.params["mean"] + 1}
+    moved = replace(fresh, params=shifted).adapt(tasks, inference=inference, seed=3).particles
+    fresh.params.update(shifted)
+    assert torch.allclose(fresh.adapt(tasks, inference=inference, seed=3).particles, moved, rtol=1e-9, atol=1e-11)
+
+
+def test_only_so_many_layouts_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmaml_ppl.learned._MOST_RECORDED", 1)
+    monkeypatch.setattr("bmaml_ppl.learned._MOST_SEEN", 2)
+    fresh = learn(level, flat_tasks())
+    for length in (2, 3, 4, 5, 2, 3, 4):
+        fresh.adapt(flat_tasks(1, length), num_steps=1)
+    assert len(fresh._adapters.recorded) == 1
+    assert len(fresh._adapters.seen) == 2
+
+
+def test_a_model_that_cannot_be_recorded_adapts_in_silence() -> None:
+    fresh = learn(line, make_tasks().standardize())
+    first = fresh.adapt(make_tasks())
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no graph")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bmaml_ppl.compile.make_fx", broken)
+        assert torch.equal(fresh.adapt(make_tasks()).particles, first.particles)
 
 
 def test_no_steps_leave_the_start(prior: bp.LearnedPrior) -> None:

@@ -227,7 +227,7 @@ def test_going_on_keeps_the_units() -> None:
 )
 def test_an_argument_of_the_wrong_kind_is_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        quick(**{"model": level, "tasks": level_tasks(12, 6), **change})
+        quick(**{"model": level, "tasks": level_tasks(12, 6), **change})  # type: ignore[arg-type]
 
 
 def test_checkpoints_can_be_loaded(tmp_path: Path) -> None:

@@ -91,7 +91,9 @@ def test_objectives_add_and_scale() -> None:
 
 def test_objectives_sum_and_multiply_from_both_sides() -> None:
     rollout = start_line(STEIN)
-    torch.testing.assert_close(sum([query_nll(), chaser(1)])(rollout), (query_nll() + chaser(1))(rollout))
+    total = sum([query_nll(), chaser(1)])
+    assert isinstance(total, Objective)
+    torch.testing.assert_close(total(rollout), (query_nll() + chaser(1))(rollout))
     torch.testing.assert_close((query_nll() * 2)(rollout), (2 * query_nll())(rollout))
 
 

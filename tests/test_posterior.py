@@ -1,6 +1,7 @@
 """What a posterior promises: shapes as Pyro gives them, units, densities that integrate to one, and names."""
 
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -222,3 +223,49 @@ def test_export_goes_through_the_tree(posterior: bp.Posterior) -> None:
     tree = posterior.to_arviz(num_samples=6)
     assert tree["posterior"]["coef"].shape == (1, 6, 3, 2)
     assert posterior["b"].to_arviz(num_samples=6)["posterior"]["coef"].shape == (1, 6, 2)
+
+
+def two_outputs(x: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> None:
+    top = pyro.sample("level", dist.Normal(pyro.param("mean", torch.zeros(())), 1.0))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", dist.Normal(top + 0 * x, 0.5), obs=y)
+        pyro.sample("other", dist.Normal(top * x, 0.5), obs=w)
+
+
+def groups_of(tree: Any) -> set[str]:
+    return {str(name) for name in (tree.groups() if callable(tree.groups) else tree.children)}
+
+
+def test_export_without_outputs_has_predictions_alone(posterior: bp.Posterior) -> None:
+    x = torch.zeros(4, dtype=torch.float64)
+    tree = posterior["b"].to_arviz(x=x, num_samples=6)
+    assert tree["posterior_predictive"]["obs"].shape == (1, 6, 4)
+    assert not {"log_likelihood", "observed_data"} & groups_of(tree)
+    tasks = make_tasks()
+    inputs_only = bp.Tasks({"x": tasks.data["x"]}, tasks.constants, tasks.mask, tasks.names)
+    assert "log_likelihood" not in groups_of(posterior.to_arviz(inputs_only, num_samples=6))
+
+
+def test_export_scores_the_outputs_that_are_given() -> None:
+    data = {key: raw_outputs(3, 4) / 10 for key in ("x", "y", "w")}
+    tasks = bp.Tasks(data, outputs=("y", "w"))
+    posterior = learn(two_outputs, tasks).adapt(tasks)
+    whole = posterior.to_arviz(num_samples=6)
+    part = posterior.to_arviz(bp.Tasks({"x": data["x"], "w": data["w"]}, outputs=("w",)), num_samples=6)
+    assert set(part["log_likelihood"].data_vars) == set(part["observed_data"].data_vars) == {"other"}
+    assert (part["log_likelihood"]["other"] == whole["log_likelihood"]["other"]).all()
+    assert set(part["posterior_predictive"].data_vars) == {"obs", "other"}
+
+
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_no_draws_are_refused(posterior: bp.Posterior, num_samples: int) -> None:
+    for call in (posterior.predict, posterior.draws, posterior.sites, posterior.to_arviz, posterior.log_likelihood):
+        with pytest.raises(ValueError, match=f"num_samples={num_samples} must be at least 1"):
+            call(num_samples=num_samples)
+    with pytest.raises(TypeError, match="num_samples='9' is str"):
+        posterior.predict(num_samples="9")  # type: ignore[arg-type]
+
+
+def test_repr_is_one_line(posterior: bp.Posterior) -> None:
+    assert repr(posterior) == "Posterior(3 tasks; sites: coef, noise; svgd, 5 particles)"
+    assert repr(posterior["b"]).startswith("Posterior(1 task;")

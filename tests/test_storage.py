@@ -320,3 +320,46 @@ def test_the_users_validation_setting_is_put_back(saved: Path) -> None:
         bp.load_prior(saved, growth)
         with pytest.raises(ValueError, match="to satisfy the constraint"):
             dist.Normal(0.0, -1.0)
+
+
+def slope(
+    x: Tensor, y: Tensor | None = None, *, power: int = 1, noise: Any = dist.Normal, latent: Any = dist.Normal
+) -> None:
+    mean = pyro.param("mean", torch.zeros(()))
+    coef = pyro.sample("coef", latent(mean, 1.0))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", noise(coef * x**power, 0.5), obs=y)
+
+
+def student(loc: Tensor, scale: float) -> Any:
+    return dist.StudentT(5.0, loc, scale)
+
+
+@pytest.fixture(scope="module")
+def saved_slope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slope") / "slope.safetensors"
+    learn(slope, net_tasks(), inference=svgd(num_particles=3, num_steps=2)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "unnamed"),
+    [
+        ({"noise": student}, r"'obs' \(StudentT in the model, expected Normal\)", "'coef'"),
+        ({"latent": student}, r"'coef' \(StudentT in the model, expected Normal\)", "'obs'"),
+        ({"power": 2}, r"'obs' \(log-probability .* in the model at made-up data, expected", "'coef'"),
+        ({"latent": lambda loc, scale: dist.Normal(loc, 2.0)}, r"'coef' \(log-probability", "'obs'"),
+    ],
+)
+def test_another_model_of_the_same_sites_is_refused(
+    saved_slope: Path, change: dict[str, Any], named: str, unnamed: str
+) -> None:
+    with pytest.raises(ValueError, match=named) as error:
+        bp.load_prior(saved_slope, partial(slope, **change))
+    assert unnamed not in str(error.value)
+
+
+def test_the_same_model_is_accepted_and_a_file_without_a_fingerprint_too(saved_slope: Path, tmp_path: Path) -> None:
+    bp.load_prior(saved_slope, slope)
+    old = rewrite(saved_slope, tmp_path / "old.safetensors", lambda schema: schema.pop("fingerprint"))
+    bp.load_prior(old, partial(slope, power=2))

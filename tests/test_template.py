@@ -134,3 +134,21 @@ def test_other_tasks_than_the_adapted_are_refused() -> None:
             TEMPLATE.to_tasks(other, {}, need_outputs=True, like=LIKE, adapted=_batch())
     with pytest.raises(ValueError, match="got 1 tasks, but the posterior holds 2"):
         TEMPLATE.to_tasks(_batch()["a"], {}, need_outputs=True, like=LIKE, adapted=_batch())
+
+
+def test_varied_values_differ_within_and_between_keys() -> None:
+    template = Template({"x": (2,), "y": ()}, {"dose": ()}, ("y",), {"y": torch.int64})
+    values = template.varied_example(5, torch.zeros((), dtype=torch.float64))
+    assert values["y"].unique().tolist() == [0, 1]
+    floats = torch.cat([values["x"].flatten(), values["dose"].flatten()])
+    assert len(floats.unique()) == 11
+    assert ((floats >= 0.1) & (floats <= 0.9)).all()
+
+
+def test_missing_outputs_are_filled_where_rows_are_real() -> None:
+    template = Template({"x": (), "y": (2,), "z": ()}, {}, ("y", "z"), {"z": torch.int64})
+    mask = torch.tensor([[True, True], [True, False]])
+    given = Tasks({"x": torch.zeros(2, 2), "z": torch.zeros(2, 2).long()}, mask=mask, outputs=("z",))
+    filled = template.fill_outputs(given)
+    assert torch.equal(filled.data["y"], mask.float().unsqueeze(-1).expand(2, 2, 2))
+    assert torch.equal(filled.data["z"], given.data["z"])

@@ -30,7 +30,8 @@ def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_samples: int) -> 
 
     Args:
         posterior: Adapted tasks.
-        tasks: The same tasks with observations to predict and score, in the user's units.
+        tasks: The same tasks with observations to predict and score, in the user's units. Outputs that are not
+            given are predicted, and neither scored nor shown as observed.
         num_samples: S, draws.
 
     Returns:
@@ -48,7 +49,7 @@ def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_samples: int) -> 
     outline = _Outline.of(tasks, posterior.density.observed, posterior.single)
     sites = _with_tasks(posterior.sites(num_samples), posterior.single)
     predicted = _with_tasks(posterior.predict(tasks, num_samples=num_samples), posterior.single)
-    scores = _with_tasks(posterior.log_likelihood(tasks, num_samples=num_samples), posterior.single)
+    scores = _score(posterior, tasks, num_samples)
     flat, per_task = _split(predicted, outline)
     layout = _Layout(outline)
     return to_tree(
@@ -185,6 +186,17 @@ class _Layout:
 
     def _name_dims(self, name: str, first: list[str], num_rest: int) -> None:
         self.dims[name] = first + [f"{name}_dim_{i}" for i in range(num_rest)]
+
+
+def _score(posterior: "Posterior", tasks: "Tasks", num_samples: int) -> Arrays:
+    """Log-likelihoods of the sites whose outputs are given; of those observing something derived, if all are."""
+    given = {*tasks.data, *tasks.constants}
+    complete = given.issuperset(posterior.template.outputs)
+    kept = {site for site, key in posterior.density.observed.items() if (complete if key is None else key in given)}
+    if not kept:
+        return {}
+    scores = posterior.log_likelihood(posterior.template.fill_outputs(tasks), num_samples=num_samples)
+    return {k: v for k, v in _with_tasks(scores, posterior.single).items() if k in kept}
 
 
 def _split(predicted: Arrays, outline: _Outline) -> tuple[Arrays, Arrays]:

@@ -95,7 +95,8 @@ def safe_fraction(log_density: LogDensity, particles: Tensor, move: Tensor, slac
         log_density: Of one particle.
         particles: (M, D).
         move: (M, D).
-        slack: Nats; a particle stays where it is in this step if every other fraction loses more.
+        slack: Nats; a particle stays where it is in this step if every other fraction loses more, or leads to
+            a log density that is not finite.
 
     Returns:
         Fractions without gradient, (M, 1).
@@ -104,5 +105,6 @@ def safe_fraction(log_density: LogDensity, particles: Tensor, move: Tensor, slac
     fractions = 0.25 ** torch.arange(5, dtype=move.dtype, device=move.device)
     fractions = torch.where(torch.arange(5, device=move.device) < 4, fractions, 0.0)
     values = vmap(vmap(exact))((particles + fractions[:, None, None] * move).detach())
-    fine = values >= values[-1] - slack
+    fine = values.isfinite() & (values >= values[-1] - slack)
+    fine = torch.cat([fine[:-1], torch.ones_like(fine[-1:])])
     return fractions[fine.to(torch.uint8).argmax(0)].detach().unsqueeze(-1)

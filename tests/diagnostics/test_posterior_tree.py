@@ -141,8 +141,8 @@ def test_held_out_observations_are_scored(posterior: bp.Posterior) -> None:
     tree = posterior.to_arviz(x=x, y=x + 50, num_samples=5)
     assert tree["log_likelihood"]["obs"].shape == (1, 5, 6)
     assert tree["observed_data"]["obs"].values.tolist() == [50.0] * 6
-    with pytest.raises(ValueError, match=r"missing data \['y'\]"):
-        posterior.to_arviz(x=x)
+    with pytest.raises(ValueError, match=r"missing data \['x'\]"):
+        posterior.to_arviz(y=x)
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto distribution")

@@ -1,5 +1,7 @@
 """Scores, Hessians and repaired curvature against autograd, finite differences and hand-made spectra."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,3 +118,14 @@ def test_batched_curvatures_are_repaired_one_by_one() -> None:
     expected = torch.stack([curvature_factor(c) for c in stack])
     torch.testing.assert_close(curvature_factor(stack), expected)
     torch.testing.assert_close(vmap(curvature_factor)(stack), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_move_to_where_the_density_is_not_finite(bad: float) -> None:
+    def density(z: Tensor) -> Tensor:
+        return torch.where(z.abs() > 2, bad, -z.square()).sum()
+
+    particles = torch.ones(2, 1, dtype=F64)
+    fraction = safe_fraction(density, particles, torch.tensor([[7.0], [1e6]], dtype=F64), slack=10.0)
+    assert fraction[:, 0].tolist() == [1 / 16, 0.0]
+    assert safe_fraction(lambda z: (z * torch.nan).sum(), particles, particles, slack=1.0).tolist() == [[0.0], [0.0]]

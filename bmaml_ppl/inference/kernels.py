@@ -106,7 +106,7 @@ def moment_direction(particles: Tensor, scores: Tensor) -> Tensor:
     For centred particles u and A = -1/M sum_j score_j u_j^T, that direction is (I - A) u. Kernels per
     coordinate fix each coordinate's spread and leave correlations as they started; this term fixes them.
     It is made bounded, as (I - A^2)(I + A^2)^-1 u, so that a step far from the target cannot overshoot;
-    near the target A = I it is the same to first order, twice as long.
+    near the target, A = I, it is the same to first order.
 
     Args:
         particles: Whitened particles, (M, D), M > D + 1.

@@ -72,7 +72,7 @@ def svgd(
             BMAML authors' code, needs M > 1). "auto" is 1 in whitened coordinates and "median" elsewhere.
         repulsion: Factor of the repulsive term; 1 is exact, 0.5 reproduces the BMAML authors' code. "auto" is 1,
             and 1 + 1.5 / M in whitened coordinates: a finite number of particles is too narrow by about that
-            much, and a Gaussian's variance is then kept within 2 % for M >= 10.
+            much, and a Gaussian's variance is then kept within 4 % (M >= 10 and M > D + 1).
         init: "free" starts at learned particles (BMAML's Theta_0), "prior" at draws from the model's own
             prior (Grant's hierarchy); "auto" takes "prior" where the prior of a latent is learned.
         sites: Layout of z; given by the learner.

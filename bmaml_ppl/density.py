@@ -143,6 +143,12 @@ class Density:
         filled = data if mask is None else self._fill_padding(data, mask)
         return self._run(prior, filled, _FromParts(self.sites, self._split(z))).records
 
+    def refuse_unmaskable(self, rows: Collection[str]) -> None:
+        """Raises ValueError if a site that observes one of these data keys, (N, ...) each, cannot be masked."""
+        for name, key in self.observed.items():
+            if self.plate_dims[name] is None and key in rows:
+                raise _unmaskable(name)
+
     def _split(self, z: Tensor) -> dict[str, Tensor]:
         return {name: z[site.slice] for name, site in self.sites.items()}
 
@@ -196,10 +202,7 @@ class Density:
         value = None if key is None else data.get(key)
         is_constant = key is not None and (value is None or not self._has_rows(key, value, mask))
         if not is_constant and not is_factor(record.fn):
-            raise ValueError(
-                f"observed site {name!r} has no plate over observations, so that padded ones cannot be left out; "
-                'write `with pyro.plate("data", n):` around it with n the number of rows, and no to_event over them'
-            )
+            raise _unmaskable(name)
 
     def _run(
         self,
@@ -222,6 +225,13 @@ class Density:
         assign = _ToVector(self.sites, value)
         self._run(prior, data, assign)
         return torch.cat([assign.parts[name] for name in self.sites])
+
+
+def _unmaskable(site: str) -> ValueError:
+    return ValueError(
+        f"observed site {site!r} has no plate over observations, so that padded ones cannot be left out; write "
+        '`with pyro.plate("data", n):` around it with n the number of rows, and no to_event over them'
+    )
 
 
 class _FromParts:

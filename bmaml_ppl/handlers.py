@@ -229,6 +229,20 @@ def ambient(tensors: Iterable[Tensor | None]) -> Iterator[None]:
 
 
 @contextmanager
+def _answered(params: Tensors, networks: bool) -> Iterator[None]:
+    """Answers param statements and swaps registered networks in the block; the parameter store is empty in it."""
+    swap = _SwapParameters()
+    with ExitStack() as stack:
+        stack.enter_context(pyro.settings.context(module_local_params=False))
+        stack.enter_context(isolated_store())
+        if networks:
+            stack.enter_context(swap)
+        stack.enter_context(_AnswerParams(params, swap))
+        yield
+    swap.check_registered()
+
+
+@contextmanager
 def learned_params(params: Tensors, *, networks: bool) -> Iterator[None]:
     """Answers param statements and uses of registered networks in the block; sample statements go on to outer handlers.
 
@@ -236,17 +250,8 @@ def learned_params(params: Tensors, *, networks: bool) -> Iterator[None]:
         params: Constrained value of every param statement, by name.
         networks: Whether some params are `nn.Parameter` of a registered network.
     """
-    swap = _SwapParameters()
-    with ExitStack() as stack:
-        stack.enter_context(ambient(params.values()))
-        stack.enter_context(pyro.settings.context(module_local_params=False))
-        stack.enter_context(isolated_store())
-        stack.enter_context(pyro.poutine.block(hide_types=["param"]))
-        if networks:
-            stack.enter_context(swap)
-        stack.enter_context(_AnswerParams(params, swap))
+    with ambient(params.values()), pyro.poutine.block(hide_types=["param"]), _answered(params, networks):
         yield
-    swap.check_registered()
 
 
 @contextmanager
@@ -272,18 +277,13 @@ def execute(model: Model, params: Tensors, data: Mapping[str, Tensor | None], si
     Returns:
         The handler.
     """
-    swap = _SwapParameters()
-    with ExitStack() as stack:
-        stack.enter_context(ambient([*data.values(), *params.values()]))
-        stack.enter_context(pyro.validation_enabled(False))
-        stack.enter_context(pyro.settings.context(module_local_params=False))
-        stack.enter_context(isolated_store())
-        stack.enter_context(_own_plate_dims())
-        stack.enter_context(pyro.poutine.block())
-        if networks:
-            stack.enter_context(swap)
-        stack.enter_context(sites)
-        stack.enter_context(_AnswerParams(params, swap))
+    with (
+        ambient([*data.values(), *params.values()]),
+        pyro.validation_enabled(False),
+        _own_plate_dims(),
+        pyro.poutine.block(),
+        sites,
+        _answered(params, networks),
+    ):
         model(**data)
-    swap.check_registered()
     return sites

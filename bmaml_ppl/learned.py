@@ -12,13 +12,14 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, seeded
+from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Recorded
 from bmaml_ppl.density import Density
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.model_view import learned_model
 from bmaml_ppl.observations import check_observations
 from bmaml_ppl.posterior import Posterior
-from bmaml_ppl.prediction import check_count, simulate
+from bmaml_ppl.prediction import simulate
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
@@ -173,7 +174,8 @@ class LearnedPrior:
                 message names the key or the tasks.
         """
         given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self._like)
-        _check_maskable(self.density, given)
+        if given.mask is not None:
+            self.density.refuse_unmaskable(given.data)
         adapter = self._adapter(inference)
         seed = self.seed if seed is None else seed
         batch = as_task_data(replace(given, scaling=self.scaling))
@@ -288,15 +290,6 @@ class LearnedPrior:
         with torch.no_grad(), seeded(seed, self.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="a step could not be recorded")
             return adapter.adapt(self.params, batch, num_steps)
-
-
-def _check_maskable(density: Density, tasks: Tasks) -> None:
-    fixed = [name for name, key in density.observed.items() if density.plate_dims[name] is None and key in tasks.data]
-    if tasks.mask is not None and fixed:
-        raise ValueError(
-            f"tasks of different lengths need a mask, but observed site {fixed[0]!r} has no plate over observations; "
-            "write with pyro.plate('data', x.shape[0]) around it, or adapt to tasks of one length at a time"
-        )
 
 
 def _check_learned(needed: dict[str, Tensor], params: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task, resolve_start, seeded
+from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Compile, should_record
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.inference import ALGORITHMS, svgd
@@ -114,7 +115,8 @@ def meta_learn(
             keyboard; the last good prior is returned.
     """
     _check_kinds(tasks, inference, objective, start)
-    _check_counts(num_steps, batch_size)
+    check_count("num_steps", num_steps, least=0)
+    check_count("batch_size", batch_size, least=1)
     tasks = _with_units_of(start, tasks.to(_choose_device(device)))
     _warn_of_units(tasks)
     learned = _prepare(model, tasks, inference or svgd(), num_support, seed, start)
@@ -146,7 +148,8 @@ def _prepare(
     example = {k: v[rows] if k in tasks.data else v for k, v in task.data.items()}
     with seeded(seed, torch.device("cpu")):  # a model may draw its initial values
         density = from_model(model, example, tasks.constants)
-    _check_maskable(density, tasks, num_support)
+    if _needs_masks(tasks, num_support):
+        density.refuse_unmaskable(tasks.data)
     check_observations(density, density.to(device=_device_of(tasks)).prior, batch.data, batch.mask, tasks.names)
     inference = ALGORITHMS[inference.name](**inference.config, sites=density.sites)
     kind = resolve_start(inference, density, TaskData(example, None))
@@ -167,18 +170,12 @@ def _prepare(
 def _check_kinds(tasks: object, inference: object, objective: object, start: object) -> None:
     for name, got, kind, write in (
         ("tasks", tasks, Tasks, "Tasks.from_frame(...), or Tasks({name: tensor of shape (T, N)})"),
-        ("inference", inference or svgd(), Inference, "inference=svgd(num_particles=20)"),
-        ("objective", objective or marginal_nll(), Objective, 'objective=query_nll("mean")'),
+        ("inference", inference, Inference | None, "inference=svgd(num_particles=20)"),
+        ("objective", objective, Objective | None, 'objective=query_nll("mean")'),
         ("start", start, LearnedPrior | None, "start=load_prior(path, model)"),
     ):
         if not isinstance(got, kind):
             raise TypeError(f"{name} is {got!r:.80}, a {type(got).__name__}; write {write}")
-
-
-def _check_counts(num_steps: int, batch_size: int) -> None:
-    for name, got, least in (("num_steps", num_steps, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(got, int) or got < least:
-            raise ValueError(f"{name}={got!r} must be a whole number of at least {least}")
 
 
 def _choose_device(device: torch.device | str) -> torch.device:
@@ -212,16 +209,9 @@ def _check_names(density: Density) -> None:
         raise ValueError(f"pyro.param {taken} have names that the learner uses itself; rename them in the model")
 
 
-def _check_maskable(density: Density, tasks: Tasks, num_support: int | range) -> None:
-    if tasks.mask is None and isinstance(num_support, int):
-        return
-    if fixed := [
-        name for name, key in density.observed.items() if density.plate_dims[name] is None and key in tasks.data
-    ]:
-        raise ValueError(
-            f"tasks of different lengths need a mask, but observed site {fixed[0]!r} has no plate over observations; "
-            "write with pyro.plate('data', x.shape[0]) around it instead of to_event, or give tasks of equal length"
-        )
+def _needs_masks(tasks: Tasks, num_support: int | range) -> bool:
+    """Whether some batch of these tasks is padded."""
+    return tasks.mask is not None or isinstance(num_support, range)
 
 
 def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
@@ -287,7 +277,7 @@ class _Loop:
         self.learned, self.tasks, self.schedule, self.callbacks = learned, tasks, schedule, callbacks
         self.constraints = learned.constraints
         self.gradient = partial(meta_gradient, adapter, objective, self.constraints)
-        self.masked = tasks.mask is not None or isinstance(learned.num_support, range)
+        self.masked = _needs_masks(tasks, learned.num_support)
         free = unconstrain(learned.params, self.constraints)
         self.params = {k: v.detach().clone().requires_grad_() for k, v in free.items()}
         if schedule.optimizer is None:

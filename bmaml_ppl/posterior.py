@@ -10,10 +10,11 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, seeded
+from bmaml_ppl.checks import check_count
 from bmaml_ppl.density import Density
 from bmaml_ppl.guide import particle_guide
 from bmaml_ppl.model_view import learned_model
-from bmaml_ppl.prediction import blank_padding, check_count, simulate
+from bmaml_ppl.prediction import blank_padding, simulate
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template

@@ -1,8 +1,6 @@
 """Predictive draws for a batch of tasks, in the user's units."""
 
 from collections.abc import Mapping
-from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +11,10 @@ from bmaml_ppl.density import Density
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.types import Tensors
 
-__all__ = ["blank_padding", "check_count", "simulate"]
+__all__ = ["blank_padding", "simulate"]
 
 # Particles start at draws from the plain seed: the same stream here would tie the noise to the latents.
 _STREAM = 1_000_003
-
-
-def check_count(name: str, value: Any, *, least: int) -> None:
-    """Refuses what is not a whole number of at least `least`, by the argument's name.
-
-    Raises:
-        TypeError: It is not an integer.
-        ValueError: It is too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r} is {type(value).__name__}; give a whole number of at least {least}")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def simulate(

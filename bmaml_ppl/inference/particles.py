@@ -15,7 +15,6 @@ __all__ = [
     "Preconditioner",
     "StepRule",
     "advance",
-    "check_counts",
     "resample",
     "silverman_width",
     "smooth_resample",
@@ -121,14 +120,6 @@ class StepRule:
             return learned
         blocks = self.blocks(dim)
         return torch.cat([learned[i].expand(b.stop - b.start) for i, b in enumerate(blocks)])
-
-
-def check_counts(num_particles: int, num_steps: int) -> None:
-    """Raises ValueError unless there is a particle and no negative number of steps."""
-    if num_particles < 1:
-        raise ValueError(f"num_particles={num_particles}; give at least 1")
-    if num_steps < 0:
-        raise ValueError(f"num_steps={num_steps}; give 0 or more")
 
 
 def advance(rule: StepRule, state: ParticleState, direction: Tensor) -> ParticleState:

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from bmaml_ppl.checks import check_count
 from bmaml_ppl.inference.derivatives import curvature_factor, hessians, safe_fraction, scores
 from bmaml_ppl.inference.particles import (
     LearnedStepSize,
@@ -12,7 +13,6 @@ from bmaml_ppl.inference.particles import (
     Preconditioner,
     StepRule,
     advance,
-    check_counts,
     resample,
 )
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
@@ -59,7 +59,8 @@ def map_estimate(
         "preconditioner": preconditioner,
         "init": init,
     }
-    check_counts(num_particles, num_steps)
+    check_count("num_particles", num_particles, least=1)
+    check_count("num_steps", num_steps, least=0)
     rule = StepRule(step_size, learn_step_size, preconditioner, sites)
     return Inference(
         init=rule.init,

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bmaml_ppl.checks import check_count
 from bmaml_ppl.inference.derivatives import curvature_factor, hessians, safe_fraction, scores
 from bmaml_ppl.inference.kernels import (
     BANDWIDTHS,
@@ -23,7 +24,6 @@ from bmaml_ppl.inference.particles import (
     Preconditioner,
     StepRule,
     advance,
-    check_counts,
     smooth_resample,
 )
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
@@ -94,7 +94,8 @@ def svgd(
         "repulsion": repulsion,
         "init": init,
     }
-    check_counts(num_particles, num_steps)
+    check_count("num_particles", num_particles, least=1)
+    check_count("num_steps", num_steps, least=0)
     _check(kernel, structure, bandwidth, num_particles)
     if structure == "moments" and preconditioner in ("none", "adaptive"):
         raise ValueError(f'structure="moments" needs preconditioner="curvature", got {preconditioner!r}')

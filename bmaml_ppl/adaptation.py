@@ -7,15 +7,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, vjp, vmap
 
 from bmaml_ppl.compile import Recorded
 from bmaml_ppl.density import Density
+from bmaml_ppl.implicit import conjugate_gradients, implicit_optimum
+from bmaml_ppl.inference.curvature import exact_hessian
 from bmaml_ppl.inference.derivatives import FirstOrder
+from bmaml_ppl.task_density import TaskDensity
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference, LogDensity, Start, Tensors
 
-__all__ = ["Adapter", "TaskData", "as_task_data", "one_task", "resolve_start", "seeded"]
+__all__ = ["Adapter", "TaskData", "as_task_data", "check_inference", "one_task", "resolve_start", "seeded"]
+
+
+_DENSE_LIMIT = 128
+_STILL = 4
+_RECORDED = (
+    "_begin",
+    "_prepare",
+    "_update",
+    "_measure",
+    "_score",
+    "_hessian",
+    "_multiply",
+    "_log_joint",
+    "_log_likelihood",
+)
 
 
 class TaskData(NamedTuple):
@@ -74,13 +92,16 @@ class Adapter:
     recorded: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("_begin", "_update", "_log_joint", "_log_likelihood"):
+        for name in _RECORDED:
             function = getattr(self, name)
             object.__setattr__(self, name, Recorded(function) if self.recorded else function)
 
     def begin(self, prior: Tensors, tasks: TaskData) -> Any:
         """Each task's state before the first step; draws, the same for all tasks, come from torch's generator."""
-        return self._begin(dict(prior), tasks)
+        state = self._begin(dict(prior), tasks)
+        if self.start == "prior" and self.inference.prepare is not None:
+            state = self._prepare(state, dict(prior), tasks)
+        return state
 
     def run(self, state: Any, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
         """Each task's state after so many steps more."""
@@ -89,9 +110,50 @@ class Adapter:
         return state
 
     def adapt(self, prior: Tensors, tasks: TaskData, num_steps: int | None = None) -> Any:
-        """Each task's state after adaptation."""
+        """Each task's state after adaptation, measured."""
         steps = self.inference.num_steps if num_steps is None else num_steps
-        return self.run(self.begin(prior, tasks), prior, tasks, steps)
+        if not self.inference.implicit:
+            return self.measure(self.run(self.begin(prior, tasks), prior, tasks, steps), prior, tasks)
+        with torch.no_grad():
+            state = self._run_to_optimum(self.begin(prior, tasks), prior, tasks, steps)
+        return self.measure(self._differentiate(state, prior, tasks), prior, tasks)
+
+    def _run_to_optimum(self, state: Any, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
+        """Each task's state after so many steps more, or after fewer where none of them moves any more."""
+        for _ in range(num_steps):
+            before, state = state.particles, self.run(state, prior, tasks, 1)
+            still = _STILL * torch.finfo(before.dtype).eps * (1 + before.abs())
+            if bool(((state.particles - before).abs() <= still).all()):
+                break
+        return state
+
+    def measure(self, state: Any, prior: Tensors, tasks: TaskData) -> Any:
+        """Each task's state with what the inference measures of the density where its particles are."""
+        if self.inference.measure is None:
+            return state
+        return self._measure(state, dict(prior), tasks)
+
+    def _differentiate(self, state: Any, prior: Tensors, tasks: TaskData) -> Any:
+        """The same optima, as functions of the prior."""
+        if not torch.is_grad_enabled():
+            return state
+        optimum = state.particles.detach()
+        fixed = {name: value.detach() for name, value in prior.items()}
+
+        def solve(v: Tensor) -> Tensor:
+            if optimum.shape[-1] <= _DENSE_LIMIT:
+                return torch.linalg.solve(self._hessian(optimum, fixed, tasks), v.unsqueeze(-1)).squeeze(-1)
+            precision = getattr(self.measure(state, fixed, tasks), "precision", None)
+            return conjugate_gradients(
+                lambda v: self._multiply(optimum, v, fixed, tasks),
+                v,
+                (lambda v: v) if precision is None else lambda v: _solve(precision, v),
+            )
+
+        score = self._score(optimum, dict(prior), tasks)
+        if not score.requires_grad:
+            return state
+        return state._replace(particles=implicit_optimum(optimum, score, solve))
 
     def log_joint(self, particles: Tensor, prior: Tensors, tasks: TaskData) -> Tensor:
         """Log joint density of each task at each of its particles: (T, M, D) -> (T, M)."""
@@ -113,16 +175,46 @@ class Adapter:
     def log_density(self, prior: Tensors, task: TaskData) -> LogDensity:
         """One task's log joint density as a function of z alone."""
 
-        def log_density(z: Tensor) -> Tensor:
-            return self.density.log_joint(z, prior, task.data, task.mask)
-
-        return FirstOrder(log_density) if self.first_order else log_density
+        exact = TaskDensity(self.density, prior, task.data, task.mask)
+        return FirstOrder(exact) if self.first_order else exact
 
     def _begin(self, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         if self.start == "free":
             return _over_tasks(lambda task: self.inference.init(prior), tasks)
         drawn = self.draw_prior(prior, tasks, self.inference.num_particles)
         return _over_tasks(lambda task, z: self.inference.init({**prior, "particles": z}), tasks, drawn)
+
+    def _prepare(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
+        assert self.inference.prepare is not None
+        prepare = self.inference.prepare
+        return _over_tasks(lambda task, s: prepare(s, self.log_density(prior, task)), tasks, state)
+
+    def _measure(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
+        assert self.inference.measure is not None
+        measure = self.inference.measure
+        return _over_tasks(lambda task, s: measure(s, self.log_density(prior, task)), tasks, state)
+
+    def _score(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
+        def of_task(task: TaskData, z: Tensor) -> Tensor:
+            return vmap(grad(TaskDensity(self.density, prior, task.data, task.mask)))(z)
+
+        return _over_tasks(of_task, tasks, particles)
+
+    def _hessian(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
+        def of_task(task: TaskData, z: Tensor) -> Tensor:
+            exact = TaskDensity(self.density, prior, task.data, task.mask)
+            return vmap(lambda particle: exact_hessian(exact, particle))(z)
+
+        return _over_tasks(of_task, tasks, particles)
+
+    def _multiply(self, particles: Tensor, v: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
+        """Products of the negative Hessians with v, (T, M, D)."""
+
+        def of_task(task: TaskData, z: Tensor, v: Tensor) -> Tensor:
+            exact = TaskDensity(self.density, prior, task.data, task.mask)
+            return vmap(lambda particle, w: -vjp(grad(exact), particle)[1](w)[0])(z, v)
+
+        return _over_tasks(of_task, tasks, particles, v)
 
     def _update(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         return _over_tasks(lambda task, s: self.inference.update(s, self.log_density(prior, task)), tasks, state)
@@ -135,13 +227,15 @@ class Adapter:
 
     def _log_likelihood(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
-            def total(particle: Tensor) -> Tensor:
-                sites = self.density.log_likelihood(particle, prior, task.data, task.mask)
-                return torch.stack([value.sum() for value in sites.values()]).sum()
-
-            return vmap(total)(z)
+            return vmap(TaskDensity(self.density, prior, task.data, task.mask).log_likelihood)(z)
 
         return _over_tasks(of_task, tasks, particles)
+
+
+def _solve(precision: Any, v: Tensor) -> Tensor:
+    """H^-1 v for the precision of each task's particles, (T, M, D)."""
+    solved: Tensor = vmap(vmap(lambda one, w: one.solve(w)))(precision, v)
+    return solved
 
 
 def _over_tasks(function: Callable[..., Any], tasks: TaskData, *batched: Any) -> Any:
@@ -153,6 +247,14 @@ def _over_tasks(function: Callable[..., Any], tasks: TaskData, *batched: Any) ->
         return function(TaskData(data, extra.get("mask")), *rest)
 
     return vmap(of_task, randomness="same")(tasks.data, extra, *batched)
+
+
+def check_inference(inference: Inference, density: Density, prior: Tensors, task: TaskData) -> None:
+    """Raises ValueError where an inference would be wrong for the model, looking at one task."""
+    if inference.check is not None:
+        like = next(value for value in (*prior.values(), *task.data.values()) if value.is_floating_point())
+        z = 0.3 * torch.cos(torch.arange(density.dim, device=like.device) + 0.5).to(like)
+        inference.check(TaskDensity(density, prior, task.data, task.mask), z)
 
 
 def resolve_start(inference: Inference, density: Density, task: TaskData) -> Start:

@@ -5,8 +5,10 @@ Gaussian prediction of each new observation, so that they can be scored beside a
 """
 
 import warnings
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,11 +168,17 @@ def _fit(outcome: Any, design: Any, groups: Any, num_random: int) -> Any:
         from statsmodels.regression.mixed_linear_model import MixedLM
     except ImportError as error:
         raise ImportError('the mixed model needs statsmodels; write: pip install "bmaml-ppl[data]"') from error
+    model = MixedLM(outcome, design, groups, exog_re=design[:, :num_random])
     with warnings.catch_warnings():
         # Of convergence, which is asked for below, and of a singular covariance, which is a valid answer.
         warnings.simplefilter("ignore")
-        result = MixedLM(outcome, design, groups, exog_re=design[:, :num_random]).fit(reml=True)
-    return result if result.converged else None
+        # Near a singular covariance gradients fail, where a search without them may still arrive.
+        for method in (["bfgs", "lbfgs", "cg"], ["powell"]):
+            with suppress(np.linalg.LinAlgError):
+                result = model.fit(reml=True, method=method)
+                if result.converged:
+                    return result
+    return None
 
 
 def predict_mixed(train: Tasks, support: Tasks, query: Tasks, x: str, y: str, degree: int = 2) -> Gaussian:

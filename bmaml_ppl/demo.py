@@ -6,9 +6,7 @@ pigs, and leaves the learned prior, an ArviZ posterior, figures and the table in
 """
 
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,28 +21,34 @@ from tqdm.auto import tqdm
 
 from bmaml_ppl.baselines import Gaussian, predict_by_task, predict_mixed, predict_pooled
 from bmaml_ppl.datasets.frames import pigs
-from bmaml_ppl.diagnostics import scores
-from bmaml_ppl.inference import map_estimate, svgd
+from bmaml_ppl.evaluation import (
+    Forecast,
+    Row,
+    Split,
+    average,
+    forecast_gaussian,
+    forecast_learned,
+    run_jobs,
+    score,
+    split_tasks,
+)
+from bmaml_ppl.inference import laplace, map_estimate, svgd
 from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.meta import meta_learn
-from bmaml_ppl.models import hierarchical_regression
+from bmaml_ppl.models import hierarchical_regression, neural_linear
 from bmaml_ppl.objectives import chaser, query_nll
-from bmaml_ppl.tasks import Episode, Tasks
+from bmaml_ppl.tasks import Tasks
+from bmaml_ppl.types import Inference, Model
 
 __all__ = [
     "METHODS",
     "SMOKE",
     "DemoSettings",
-    "Row",
-    "Split",
-    "format_table",
     "growth",
     "network",
     "run_demo",
     "split_pigs",
 ]
-
-_NUM_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -72,48 +76,6 @@ SMOKE = DemoSettings(seeds=(0,), growth_steps=2, network_steps=1, workers=1)
 """Shows that everything runs, and nothing else."""
 
 
-class Row(NamedTuple):
-    """The scores of one method on one split, or their means.
-
-    Attributes:
-        method: Its name.
-        rmse: Of the predictive mean, in standard deviations of the training pigs' weights.
-        nll: Mean negative log density of a held-out weight, in nats, standardised likewise.
-        coverage90: Share of held-out weights inside their central 90 % interval.
-        seconds: To fit and predict.
-    """
-
-    method: str
-    rmse: float
-    nll: float
-    coverage90: float
-    seconds: float
-
-
-class Forecast(NamedTuple):
-    """Predictions of held-out weights in standardised units.
-
-    Attributes:
-        mean: (T, N).
-        draws: (S, T, N).
-        log_density: Of what was observed, (T, N).
-        prior: What was learned, or None.
-    """
-
-    mean: Tensor
-    draws: Tensor
-    log_density: Tensor
-    prior: LearnedPrior | None = None
-
-
-class Split(NamedTuple):
-    """One split of the pigs: training pigs with their standardisation, and the others' weighings."""
-
-    train: Tasks
-    support: Tasks
-    query: Tasks
-
-
 def growth(time: Tensor, weight: Tensor | None = None) -> None:
     """One pig's growth: a parabola of its own, whose coefficients vary and covary between pigs."""
     mean = pyro.param("mean", torch.zeros(3))
@@ -132,29 +94,35 @@ def network(time: Tensor, weight: Tensor | None = None) -> None:
     _perceptron(time, weight)
 
 
+_weights = hierarchical_regression((1, 32, 32, 1), center="learned", precisions="learned", activation=torch.tanh)
+_basis = neural_linear((1, 16, 8))
+
+
+def weights(time: Tensor, weight: Tensor | None = None) -> None:
+    """One pig's growth: a network whose 1153 weights are the pig's own, with a prior mean and sd of each weight."""
+    _weights(time, weight)
+
+
+def basis(time: Tensor, weight: Tensor | None = None) -> None:
+    """One pig's growth: 9 coefficients of its own on features that a network shared by all pigs makes of time."""
+    _basis(time, weight)
+
+
 def split_pigs(tasks: Tasks, seed: int, settings: DemoSettings) -> Split:
     """Training pigs, and the seen and the held-out weighings of all others; all carry the training scaling."""
-    train, test = tasks.split(settings.fraction, seed=seed)
-    train = train.standardize()
-    test = replace(test, scaling=train.scaling)
-    episode: Episode = test.split_observations(settings.num_support, torch.Generator().manual_seed(seed))
-    return Split(train, episode.support, episode.query)
+    return split_tasks(tasks, settings.fraction, settings.num_support, seed)
 
 
 def _classical(predict: Callable[[Split], Gaussian], split: Split, settings: DemoSettings) -> Forecast:
-    prediction = predict(split)
-    target = split.query.scaled().data["weight"].double()
-    return Forecast(prediction.mean, prediction.draws(_NUM_DRAWS), prediction.log_density(target))
+    return forecast_gaussian(predict(split), split.query, "weight")
 
 
-def _learned(learn: Callable[..., LearnedPrior], split: Split, settings: DemoSettings) -> Forecast:
-    prior = learn(split.train, settings)
-    posterior = prior.adapt(split.support)
-    draws = posterior.predict(split.query, num_samples=_NUM_DRAWS)["obs"]
-    log_density = scores.mixture_log_density(posterior.log_likelihood(split.query, num_samples=_NUM_DRAWS)["obs"])
-    assert prior.scaling is not None
-    draws = prior.scaling.apply({"weight": draws})["weight"]
-    return Forecast(draws.mean(0), draws, log_density + prior.scaling.scale["weight"].log(), prior)
+def _learned(
+    learn: Callable[..., LearnedPrior], split: Split, settings: DemoSettings, linearized: bool = False
+) -> Forecast:
+    prior, scaling = learn(split.train, settings), split.train.scaling
+    assert scaling is not None
+    return forecast_learned(prior, split.support, split.query, "weight", scaling, linearized=linearized)
 
 
 def _pooled(split: Split) -> Gaussian:
@@ -192,14 +160,26 @@ def _bmaml(train: Tasks, settings: DemoSettings) -> LearnedPrior:
     return _learn_network(train, settings, inference=inference, objective=objective)
 
 
-def _learn_network(train: Tasks, settings: DemoSettings, **how: Any) -> LearnedPrior:
+def _learn_network(train: Tasks, settings: DemoSettings, model: Model = network, **how: Any) -> LearnedPrior:
     steps, shots = settings.network_steps, settings.num_support
-    return meta_learn(network, train, num_support=shots, num_steps=steps, device="cpu", progress=False, **how)
+    return meta_learn(model, train, num_support=shots, num_steps=steps, device="cpu", progress=False, **how)
 
 
-def _growth(train: Tasks, settings: DemoSettings) -> LearnedPrior:
+def _dual(train: Tasks, settings: DemoSettings) -> LearnedPrior:
+    return _learn_network(train, settings, model=weights, inference=laplace(num_steps=10))
+
+
+def _neural_linear(train: Tasks, settings: DemoSettings) -> LearnedPrior:
+    # One Newton step is exact, since the posterior is Gaussian.
+    settings = replace(settings, network_steps=settings.growth_steps)
+    return _learn_network(train, settings, model=basis, inference=laplace(num_steps=1))
+
+
+def _growth(train: Tasks, settings: DemoSettings, inference: Inference | None = None) -> LearnedPrior:
     steps, shots = settings.growth_steps, settings.num_support
-    return meta_learn(growth, train, num_support=shots, num_steps=steps, device="cpu", progress=False)
+    return meta_learn(
+        growth, train, num_support=shots, inference=inference, num_steps=steps, device="cpu", progress=False
+    )
 
 
 GROWTH = "BMAML (growth curve)"
@@ -212,6 +192,9 @@ METHODS: dict[str, Callable[[Split, DemoSettings], Forecast]] = {
     "EMAML": partial(_learned, _emaml),
     "BMAML (hierarchical network)": partial(_learned, _bmaml),
     GROWTH: partial(_learned, _growth),
+    "Laplace (growth curve)": partial(_learned, partial(_growth, inference=laplace(num_steps=1))),
+    "Laplace (network, dual GGN)": partial(_learned, _dual, linearized=True),
+    "neural linear": partial(_learned, _neural_linear),
 }
 """Every row of the table, by name."""
 
@@ -242,21 +225,7 @@ def evaluate(method: str, seed: int, settings: DemoSettings, folder: Path) -> Re
     if method == GROWTH and forecast.prior is not None and seed == settings.seeds[0]:
         forecast.prior.save(folder / "growth.safetensors")
     history = None if forecast.prior is None else forecast.prior.history
-    return Result(seed, score(method, forecast, split.query.scaled(), seconds), history)
-
-
-def score(method: str, forecast: Forecast, query: Tasks, seconds: float) -> Row:
-    """Scores a forecast of standardised weights."""
-    target = query.data["weight"].to(forecast.mean)
-    mask = torch.ones_like(target, dtype=torch.bool) if query.mask is None else query.mask
-    draws = forecast.draws.masked_fill(~mask, 0)
-    return Row(
-        method=method,
-        rmse=scores.rmse(forecast.mean.masked_fill(~mask, 0), target, mask).item(),
-        nll=-forecast.log_density[mask].mean().item(),
-        coverage90=scores.coverage(draws, target, 0.9, mask).item(),
-        seconds=seconds,
-    )
+    return Result(seed, score(method, forecast, split.query.scaled(), "weight", seconds), history)
 
 
 def run_demo(folder: str | Path, settings: DemoSettings | None = None, *, progress: bool = True) -> list[Row]:
@@ -285,45 +254,15 @@ def run_demo(folder: str | Path, settings: DemoSettings | None = None, *, progre
     jobs = [(method, seed, settings, folder) for method in order for seed in settings.seeds]
     with tqdm(total=len(jobs), disable=not progress, desc="demo", unit="fit") as bar:
         results = []
-        for result in _run(jobs, settings.workers):
+        for result in run_jobs(evaluate, jobs, settings.workers):
             results.append(result)
             bar.update()
             bar.set_postfix_str(f"{result.row.method}, split {result.seed}: {result.row.seconds:.0f} s")
     results.sort(key=lambda result: (settings.seeds.index(result.seed), list(METHODS).index(result.row.method)))
-    rows = [_mean_row([r.row for r in results if r.row.method == method]) for method in METHODS]
+    rows = [average([r.row for r in results if r.row.method == method]) for method in METHODS]
     per_split = [{"seed": result.seed, **result.row._asdict()} for result in results]
     metrics = {"rows": [row._asdict() for row in rows], "settings": asdict(settings), "splits": per_split}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     history = next(r.history for r in results if r.row.method == GROWTH and r.history is not None)
     write_report(folder, split_pigs(pigs(), settings.seeds[0], settings), settings, history)
     return rows
-
-
-def _run(jobs: list[tuple[str, int, DemoSettings, Path]], workers: int) -> Iterator[Result]:
-    """Results as they come; one worker stays in this process."""
-    if workers == 1:
-        yield from (evaluate(*job) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    # One thread each: the tensors are small, and processes would fight for the cores.
-    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from (future.result() for future in as_completed([pool.submit(evaluate, *job) for job in jobs]))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _mean_row(rows: list[Row]) -> Row:
-    numbers = torch.tensor([row[1:] for row in rows], dtype=torch.float64).mean(0).tolist()
-    return Row(rows[0].method, *numbers)
-
-
-def format_table(rows: list[Row]) -> str:
-    """The table as text."""
-    width = max(len(row.method) for row in rows)
-    lines = [f"{'':{width}}   RMSE     NLL  90 % coverage  seconds"]
-    lines += [
-        f"{row.method:{width}}  {row.rmse:5.3f}  {row.nll:6.3f}  {row.coverage90:13.3f}  {row.seconds:7.1f}"
-        for row in rows
-    ]
-    return "\n".join(lines)

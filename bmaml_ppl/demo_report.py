@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bmaml_ppl.demo import DemoSettings, Split, growth
+from bmaml_ppl.demo import DemoSettings, growth
 from bmaml_ppl.diagnostics.export import save_tree
+from bmaml_ppl.evaluation import Split
 from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.plots import Points, draw_learning, plot_prior_predictive, plot_task

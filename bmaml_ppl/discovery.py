@@ -39,6 +39,8 @@ class Site:
         start: First coordinate in z.
         stop: One past its last coordinate in z.
         init: What the model gave as `infer={"init": draw}`: draws a start for free particles.
+        shapes: What it gave as `infer={"shapes": [...]}`: shapes of the parameters that a vector of weights is
+            made of, in its order.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Site:
     start: int
     stop: int
     init: Callable[[], Tensor] | None = None
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def slice(self) -> slice:
@@ -292,9 +295,27 @@ def _layout(latent: Mapping[str, Mapping[str, Any]]) -> dict[str, Site]:
         if not bool(torch.isfinite(bijection(support)(value.new_zeros(unconstrained_shape))).all()):
             raise ValueError(f"latent site {name!r} lives on {support}, an interval without an end; {_HALF_LINE}")
         stop = start + prod(unconstrained_shape)
-        sites[name] = Site(name, value.shape, support, unconstrained_shape, start, stop, msg["infer"].get("init"))
+        init, shapes = msg["infer"].get("init"), _parameter_shapes(name, msg["infer"].get("shapes"), stop - start)
+        sites[name] = Site(name, value.shape, support, unconstrained_shape, start, stop, init, shapes)
         start = stop
     return sites
+
+
+def _parameter_shapes(name: str, given: Any, size: int) -> tuple[tuple[int, ...], ...] | None:
+    if given is None:
+        return None
+    try:
+        shapes = tuple(tuple(int(length) for length in shape) for shape in given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'site {name!r} has infer={{"shapes": {given!r:.80}}}; give a list of shapes, such as [(40, 1), (40,)]'
+        ) from error
+    if (total := sum(prod(shape) for shape in shapes)) != size:
+        raise ValueError(
+            f"the shapes {list(shapes)} of site {name!r} hold {total} numbers, but it has {size} unconstrained "
+            "coordinates; list the shape of every parameter in the order of the vector"
+        )
+    return shapes
 
 
 def _messages(model: Model, data: Mapping[str, Tensor | None]) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,8 @@ class Record(NamedTuple):
         is_observed: Whether it was conditioned on data.
         log_prob: Scaled and masked log-probability, of the site's batch shape.
         plates: Enclosing vectorised plates as (dim, size).
+        weight: Factor of its log-probability by `poutine.scale` and `poutine.mask`, of the site's batch shape; None
+            is 1.
     """
 
     fn: Any
@@ -35,6 +37,7 @@ class Record(NamedTuple):
     is_observed: bool
     log_prob: Tensor | None
     plates: tuple[tuple[int, int], ...]
+    weight: Tensor | None = None
 
 
 def is_deterministic(msg: Mapping[str, Any]) -> bool:
@@ -179,7 +182,10 @@ class Sites(Messenger):
         if self.with_log_prob:
             log_prob = scale_and_mask(self._log_prob(msg), msg["scale"], msg["mask"])
         plates = tuple((f.dim, f.size) for f in msg["cond_indep_stack"] if f.dim is not None)
-        self.records[msg["name"]] = Record(msg["fn"], msg["value"], msg["is_observed"], log_prob, plates)
+        weight = None
+        if msg["mask"] is not None or not (isinstance(msg["scale"], float | int) and msg["scale"] == 1):
+            weight = scale_and_mask(torch.ones(msg["fn"].batch_shape), msg["scale"], msg["mask"])
+        self.records[msg["name"]] = Record(msg["fn"], msg["value"], msg["is_observed"], log_prob, plates, weight)
 
     def _log_prob(self, msg: dict[str, Any]) -> Tensor:
         fn, value = msg["fn"], msg["value"]

@@ -11,10 +11,11 @@ from torch.distributions.constraints import Constraint, positive
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, seeded
+from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inference, one_task, seeded
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Recorded
 from bmaml_ppl.density import Density
+from bmaml_ppl.diagnostics.curvature import check_measured
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.model_view import learned_model
 from bmaml_ppl.observations import check_observations
@@ -40,12 +41,14 @@ class History:
         loss: Objective, mean over the batch's tasks.
         grad_norm: Norm of the meta-gradient before clipping.
         tasks_per_second: Tasks adapted and differentiated a second.
+        num_repaired: Tasks of the batch whose curvature had to be repaired to be positive definite.
         stopped: Why the loop ended early, or None.
     """
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     tasks_per_second: list[float] = field(default_factory=list)
+    num_repaired: list[int] = field(default_factory=list)
     stopped: str | None = None
 
 
@@ -170,8 +173,12 @@ class LearnedPrior:
 
         Raises:
             TypeError: If something else than Tasks or numbers is given, or num_steps or chunk_size is not an integer.
-            ValueError: If data is missing, unknown or of the wrong shape, or particles became non-finite; the
-                message names the key or the tasks.
+            ValueError: If data is missing, unknown or of the wrong shape, particles became non-finite, or the density
+                is flat along a site; the message names the key or the tasks.
+
+        Warns:
+            RepairedCurvature: If the curvature of some tasks was not positive definite (`laplace`).
+            NotConverged: If the optimiser of some tasks stopped short (implicit gradients).
         """
         given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self._like)
         if given.mask is not None:
@@ -180,6 +187,8 @@ class LearnedPrior:
         seed = self.seed if seed is None else seed
         batch = as_task_data(replace(given, scaling=self.scaling))
         check_observations(self.density, self.params, batch.data, batch.mask, given.names)
+        if inference is not None:
+            check_inference(adapter.inference, self.density, self.params, one_task(batch))
         steps = adapter.inference.num_steps if num_steps is None else num_steps
         chunk = _chunk_size(adapter, batch) if chunk_size is None else chunk_size
         check_count("num_steps", steps, least=0)
@@ -189,6 +198,7 @@ class LearnedPrior:
         states = [self._adapt(chosen, part, steps, seed) for chosen, part in zip(adapters, parts, strict=True)]
         state = tree_map(lambda *parts: torch.cat(parts), *states)
         _check_finite(state.particles, given)
+        check_measured(state, self.density.sites, given.names, must_converge=adapter.inference.implicit)
         return Posterior(
             self.density,
             adapter.inference,
@@ -303,10 +313,11 @@ def _check_learned(needed: dict[str, Tensor], params: dict[str, Tensor]) -> None
 
 
 def _chunk_size(adapter: Adapter, batch: TaskData) -> int:
-    """Tasks whose particles, kernels and Hessians fit into a fixed budget together."""
+    """Tasks whose particles, kernels, Hessians and Jacobians fit into a fixed budget together."""
     rows = max(value[0].numel() for value in batch.data.values())
     dim, num = adapter.density.dim, adapter.inference.num_particles
-    floats = num * (dim * (min(dim, 32) + num) + 64 * rows * min(dim, 32))
+    measured = 0 if adapter.inference.measure is None else dim * (min(dim, 128) + 8 * rows)
+    floats = num * (dim * (min(dim, 32) + num) + 64 * rows * min(dim, 32) + measured)
     return max(1, _CHUNK_BYTES // (8 * floats))
 
 

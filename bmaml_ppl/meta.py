@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task, resolve_start, seeded
+from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inference, one_task, resolve_start, seeded
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Compile, should_record
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.inference import ALGORITHMS, svgd
 from bmaml_ppl.learned import History, LearnedPrior
-from bmaml_ppl.objectives import Objective, chaser, marginal_nll, query_nll
+from bmaml_ppl.objectives import Objective, chaser, evidence, marginal_nll, query_nll
 from bmaml_ppl.observations import check_observations
 from bmaml_ppl.outer import clip, constrain, episode_views, meta_gradient, parameter_groups, unconstrain
 from bmaml_ppl.tasks import Tasks
@@ -83,8 +83,8 @@ def meta_learn(
         tasks: Training tasks.
         num_support: Observations K that a task adapts to; a range draws K for each task anew.
         inference: Adaptation; None is `svgd()`.
-        objective: What is minimised. None is `marginal_nll()` where particles start at the model's own
-            learned prior, and `chaser() + query_nll("mean")` where they are learned freely.
+        objective: What is minimised. None is `evidence()` for `laplace()`; else `marginal_nll()` where particles start
+            at the model's own learned prior, and `chaser() + query_nll("mean")` where they are learned freely.
         num_steps: Meta-steps.
         batch_size: Tasks a meta-step.
         optimizer: Makes the optimiser from a list of tensors, for example
@@ -126,7 +126,7 @@ def meta_learn(
         learned,
         adapter,
         tasks.scaled(),
-        objective or _default_objective(learned.start),
+        objective or _default_objective(learned.inference, learned.start),
         _Schedule(num_steps, batch_size, optimizer, max_grad_norm),
         list(callbacks) + ([_Checkpoint(learned, Path(checkpoint_dir), num_steps)] if checkpoint_dir else []),
     )
@@ -150,16 +150,23 @@ def _prepare(
         density = from_model(model, example, tasks.constants)
     if _needs_masks(tasks, num_support):
         density.refuse_unmaskable(tasks.data)
-    check_observations(density, density.to(device=_device_of(tasks)).prior, batch.data, batch.mask, tasks.names)
+    initial = density.to(device=_device_of(tasks)).prior
+    check_observations(density, initial, batch.data, batch.mask, tasks.names)
     inference = ALGORITHMS[inference.name](**inference.config, sites=density.sites)
     kind = resolve_start(inference, density, TaskData(example, None))
+    check_inference(inference, density, initial, TaskData(example, None))
     reserved = inference.parameters(density.dim)
     if kind == "free":
         with seeded(seed, torch.device("cpu")):
             reserved["particles"] = density.initial_particles(inference.num_particles, example)
-    _check_names(density)
+    _check_names(density, {"particles", "step_size", *reserved})
     like = next((v for v in example.values() if v.is_floating_point()), torch.zeros(()))
     params = {k: v.detach().to(like) for k, v in {**density.prior, **reserved}.items()}
+    if not params:
+        raise ValueError(
+            'the model declares nothing to learn and particles start at its own prior; write init="free", or give the '
+            "prior parameters: pyro.param(name, initial_value)"
+        )
     if start is not None:
         params = _go_on(params, start)
     outputs = tuple(key for key in density.observed.values() if key is not None)
@@ -204,8 +211,8 @@ def _device_of(tasks: Tasks) -> torch.device:
     return next(iter(tasks.data.values())).device
 
 
-def _check_names(density: Density) -> None:
-    if taken := sorted({"particles", "step_size"} & set(density.prior)):
+def _check_names(density: Density, reserved: set[str]) -> None:
+    if taken := sorted(reserved & set(density.prior)):
         raise ValueError(f"pyro.param {taken} have names that the learner uses itself; rename them in the model")
 
 
@@ -222,7 +229,9 @@ def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
     return {k: start.params[k].detach().to(v) for k, v in params.items()}
 
 
-def _default_objective(start: Start) -> Objective:
+def _default_objective(inference: Inference, start: Start) -> Objective:
+    if inference.name == "laplace":
+        return evidence()
     return marginal_nll() if start == "prior" else chaser() + query_nll("mean")
 
 
@@ -306,7 +315,9 @@ class _Loop:
                 return replace(self.learned, params=kept, history=self.history)
             kept, h = before, self.history
             rate = sum(h.tasks_per_second[-20:]) / len(h.tasks_per_second[-20:])
-            bar.set_postfix_str(f"loss {h.loss[-1]:.3f}, gradient {h.grad_norm[-1]:.2g}, {rate:.0f} tasks/s", False)
+            repaired = f", {h.num_repaired[-1]} repaired" if h.num_repaired[-1] else ""
+            shown = f"loss {h.loss[-1]:.3f}, gradient {h.grad_norm[-1]:.2g}, {rate:.0f} tasks/s{repaired}"
+            bar.set_postfix_str(shown, False)
         return replace(self.learned, params=self._snapshot(), history=self.history)
 
     def _step(self, step: int) -> str | None:
@@ -316,12 +327,14 @@ class _Loop:
         params = {k: v.detach() for k, v in self.params.items()}
         seed = int(torch.randint(2**62, (), generator=self.generator))
         with seeded(seed, self.learned.device):
-            gradients, loss = self.gradient(params, episode_views(episode, self.masked))
-        gradients, norm = clip(gradients, self.schedule.max_grad_norm)
+            found = self.gradient(params, episode_views(episode, self.masked))
+        loss = found.loss
+        gradients, norm = clip(found.gradients, self.schedule.max_grad_norm)
         if not torch.isfinite(loss + norm):
             return f"loss {loss.item():g} with gradient norm {norm.item():g} at meta-step {step}"
         self.history.loss.append(loss.item())
         self.history.grad_norm.append(norm.item())
+        self.history.num_repaired.append(found.num_repaired)
         for name, value in self.params.items():
             value.grad = gradients[name]
         self.optimizer.step()

@@ -1,7 +1,7 @@
 """One meta-step: the gradient of an objective over a batch of tasks, and what is done with it."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from bmaml_ppl.objectives import Objective, Rollout
 from bmaml_ppl.tasks import Episode
 from bmaml_ppl.types import Tensors
 
-__all__ = ["clip", "constrain", "episode_views", "meta_gradient", "parameter_groups", "unconstrain"]
+__all__ = ["MetaGradient", "clip", "constrain", "episode_views", "meta_gradient", "parameter_groups", "unconstrain"]
 
 Constraints = Mapping[str, constraints.Constraint]
 
@@ -41,9 +41,23 @@ def episode_views(episode: Episode, masked: bool = False) -> Views:
     return as_task_data(support), as_task_data(query), as_task_data(support.join(query))
 
 
+class MetaGradient(NamedTuple):
+    """What one meta-step learns from a batch of tasks.
+
+    Attributes:
+        gradients: Of the loss, by meta-parameter.
+        loss: The objective's mean over the tasks.
+        num_repaired: Tasks whose curvature had to be repaired.
+    """
+
+    gradients: dict[str, Tensor]
+    loss: Tensor
+    num_repaired: int = 0
+
+
 def meta_gradient(
     adapter: Adapter, objective: Objective, known: Constraints, params: Tensors, views: Views
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> MetaGradient:
     """Gradient of the objective's mean over a batch of tasks, and its value.
 
     Pure but for torch's generator, which starts at the prior draw from; all tasks share those draws.
@@ -55,22 +69,20 @@ def meta_gradient(
         params: Unconstrained meta-parameters.
         views: Support, query and everything of a batch of tasks.
 
-    Returns:
-        Gradients by name and the loss.
-
     Raises:
         ValueError: If the objective depends on no meta-parameter.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     with torch.enable_grad():
-        loss = objective(Rollout(adapter, constrain(leaves, known), *views)).mean()
+        rollout = Rollout(adapter, constrain(leaves, known), *views)
+        loss = objective(rollout).mean()
         if not loss.requires_grad:
             raise ValueError(
                 f"{objective} depends on none of the meta-parameters {sorted(leaves)}; marginal_nll() learns what the "
                 "model declares with pyro.param, query_nll() and chaser() learn free particles too"
             )
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
-    return dict(zip(leaves, gradients, strict=True)), loss.detach()
+    return MetaGradient(dict(zip(leaves, gradients, strict=True)), loss.detach(), rollout.num_repaired)
 
 
 def clip(gradients: Tensors, limit: float) -> tuple[dict[str, Tensor], Tensor]:

@@ -12,8 +12,11 @@ from torch.utils._pytree import tree_map
 from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, seeded
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.density import Density
-from bmaml_ppl.guide import particle_guide
+from bmaml_ppl.diagnostics.curvature import describe_curvature
+from bmaml_ppl.guide import particle_guide, posterior_guide
+from bmaml_ppl.linearized import linearized_log_likelihood, simulate_linearized
 from bmaml_ppl.model_view import learned_model
+from bmaml_ppl.precision_normal import gaussian_mixture
 from bmaml_ppl.prediction import blank_padding, simulate
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.tasks import Tasks
@@ -59,6 +62,15 @@ class Posterior:
     def particles(self) -> Tensor:
         """Unconstrained particles, (M, D), or (T, M, D) for a batch."""
         return self.state.particles[0] if self.single else self.state.particles
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What the inference reports of itself, one entry a task, by name of the quantity.
+
+        Returns:
+            For `laplace`: `repair`, `repaired`, `decrement`, `converged`, `flat_site` and `log_evidence`, see
+            `bmaml_ppl.diagnostics.curvature.describe_curvature`. Empty for particles.
+        """
+        return describe_curvature(self.state, self.density.sites)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,12 +122,16 @@ class Posterior:
         values = vmap(constrain)(z, task_data.data)
         return {name: self._draw_first(value) for name, value in values.items()}
 
-    def predict(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> dict[str, Tensor]:
+    def predict(
+        self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, linearized: bool = False, **data: Any
+    ) -> dict[str, Tensor]:
         """Draws from the posterior predictive at new inputs.
 
         Args:
             tasks: The same tasks with new observations (inputs suffice), or None.
             num_samples: S.
+            linearized: Draw with the parameters of the observations linearised around the mode (the GLM predictive
+                of `laplace`, which suits the Gauss-Newton posterior of a network); deterministic sites are left out.
             **data: Inputs as keyword tensors, (N, ...), or (T, N, ...) for a batch; constants given at
                 adaptation need not be given again.
 
@@ -126,17 +142,28 @@ class Posterior:
         check_count("num_samples", num_samples, least=1)
         new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=False))
         z = self._task_first(self.draws(num_samples))
-        draws = simulate(self.density, self.params, z, new, self.scaling, self.seed)
+        if linearized:
+            modes = self._mode()
+            draws = simulate_linearized(self.density, self.params, modes, z, new, self.scaling, self.seed)
+        else:
+            draws = simulate(self.density, self.params, z, new, self.scaling, self.seed)
         return {name: self._draw_first(value) for name, value in draws.items()}
 
     def log_likelihood(
-        self, tasks: Tasks | None = None, /, *, num_samples: int | None = None, **data: Any
+        self,
+        tasks: Tasks | None = None,
+        /,
+        *,
+        num_samples: int | None = None,
+        linearized: bool = False,
+        **data: Any,
     ) -> dict[str, Tensor]:
         """Log-likelihood of observations under every particle, in the user's units.
 
         Args:
             tasks: The same tasks with their observations, or None.
             num_samples: Evaluate at this many draws, those of `sites` and `predict`, instead of at the particles.
+            linearized: As in `predict`.
             **data: Inputs and outputs as keyword tensors.
 
         Returns:
@@ -148,8 +175,12 @@ class Posterior:
         def of_task(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
             return vmap(lambda particle: self.density.log_likelihood(particle, self.params, task))(z)
 
-        with torch.no_grad():
-            values = vmap(of_task)(self._task_first(self.draws(num_samples)), new.data)
+        z = self._task_first(self.draws(num_samples))
+        if linearized:
+            values = linearized_log_likelihood(self.density, self.params, self._mode(), z, new)
+        else:
+            with torch.no_grad():
+                values = vmap(of_task)(z, new.data)
         return {
             name: self._draw_first(blank_padding(value - self._log_scale(name, value, new.data), new.mask))
             for name, value in values.items()
@@ -173,9 +204,9 @@ class Posterior:
     def as_guide(self) -> Callable[..., dict[str, Tensor]]:
         """A Pyro guide that draws from this posterior, for `pyro.infer.Predictive` and `Importance`.
 
-        Its density is a smooth mixture around the particles with their covariance (a point where there is
-        only one), so that importance weights are proper. Data passed to it must be in the model's units. Pair
-        it with `posterior.model`, which holds the learned meta-parameters and networks where the user's own model
+        Its density is that of `laplace`'s Gaussian, or mixture of Gaussians; for particles, a smooth mixture around
+        them with their covariance (a point where there is only one), so that importance weights are proper. Data
+        passed to it must be in the model's units. Pair it with `posterior.model`, which holds the learned meta-parameters and networks where the user's own model
         would read their initial values:
         `Predictive(posterior.model, guide=posterior.as_guide(), num_samples=1000)(x=x)`.
 
@@ -187,8 +218,20 @@ class Posterior:
                 f"a guide is for one task, this posterior holds {len(self)}; write "
                 f"posterior[{self.names[0]!r}].as_guide()"
             )
-        task = one_task(self._as_task_data(self.tasks))
-        return particle_guide(self.density, self.params, self.state.particles[0], task.data)
+        data, state = one_task(self._as_task_data(self.tasks)).data, tree_map(lambda value: value[0], self.state)
+        if hasattr(state, "precision"):
+            return posterior_guide(self.density, self.params, gaussian_mixture(state), data)
+        return particle_guide(self.density, self.params, state.particles, data)
+
+    def _mode(self) -> Tensor:
+        """The one mode of each task, (T, D)."""
+        modes = self.state.particles
+        if self.inference.name != "laplace" or modes.shape[1] != 1:
+            raise ValueError(
+                f"linearized=True needs one mode, of inference=laplace(num_particles=1), got {self.inference.name} with "
+                f"{modes.shape[1]} particles; write linearized=False"
+            )
+        return modes[:, 0]
 
     def _new_tasks(self, tasks: Tasks | None, data: Mapping[str, Any], *, need_outputs: bool) -> Tasks:
         if tasks is None and not data:

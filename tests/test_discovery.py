@@ -270,6 +270,36 @@ def test_sources_of_observed_values() -> None:
     assert found.plate_dims == {"same": -1, "log": -1, "cast": -1, "column": -2}
 
 
+def _with_shapes(shapes: Any) -> Callable[..., None]:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        infer: Any = {} if shapes is None else {"shapes": shapes}
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(10), 1.0).to_event(1), infer=infer)
+        observe(latent() + weights.sum() * x, y)
+
+    return model
+
+
+def test_a_site_keeps_the_shapes_of_its_parameters() -> None:
+    sites = discover(_with_shapes([torch.Size([3, 2]), (3,), ()]), DATA).sites
+    assert sites["weights"].shapes == ((3, 2), (3,), ())
+    assert sites["a"].shapes is None
+    assert discover(_with_shapes(None), DATA).sites["weights"].shapes is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(3, 2), (3,)], r"\[\(3, 2\), \(3,\)\] of site 'weights' hold 9 numbers, but it has 10 unconstrained"),
+        ([], "hold 0 numbers, but it has 10"),
+        ((5, 2), r"'weights' has infer=\{\"shapes\": \(5, 2\)\}; give a list of shapes"),
+        (10, r"\"shapes\": 10\}; give a list of shapes"),
+    ],
+)
+def test_shapes_that_do_not_fit_the_site_are_refused(shapes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        discover(_with_shapes(shapes), DATA)
+
+
 def test_integer_data_alone_make_a_density() -> None:
     def model(count: Tensor | None = None) -> None:
         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))

@@ -1,4 +1,4 @@
-"""The guide made from particles: its moments, its density, and Pyro's own inference on top of it."""
+"""Guides made from adapted tasks: their moments, their density, and Pyro's own inference on top of them."""
 
 import math
 from functools import partial
@@ -10,11 +10,12 @@ import pytest
 import torch
 from pyro.infer import Importance, Predictive
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import bmaml_ppl as bp
 from bmaml_ppl.density import from_model
 from bmaml_ppl.guide import particle_guide
-from bmaml_ppl.inference import svgd
+from bmaml_ppl.inference import laplace, svgd
 from bmaml_ppl.inference.particles import silverman_width
 from bmaml_ppl.types import Model
 
@@ -142,19 +143,72 @@ def test_predictive_in_parallel_has_the_moments_of_the_sequential_one() -> None:
         assert ((one.mean(0) - other.mean(0)).abs() < 4.5 * error).all()
 
 
-def test_draws_in_a_plate_cannot_be_vectorised() -> None:
-    def model(x: Tensor, y: Tensor | None = None) -> None:
-        with pyro.plate("groups", 2):
-            level = pyro.sample("level", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", x.shape[0]):
-            pyro.sample("obs", dist.Normal(level.sum() + 0 * x, NOISE), obs=y)
+def _plated(x: Tensor, y: Tensor | None = None) -> None:
+    with pyro.plate("groups", 2):
+        level = pyro.sample("level", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", dist.Normal(level.sum(-1, keepdim=True) + 0 * x, NOISE), obs=y)
 
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_latents_in_a_plate_are_drawn_in_it(parallel: bool) -> None:
     data = {"x": torch.zeros(3), "y": torch.ones(3)}
-    density = from_model(model, data)
+    density = from_model(_plated, data)
     particles = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
     guide = particle_guide(density, density.prior, particles, data)
-    with pytest.raises(NotImplementedError, match="'level' is in a plate.*parallel=False"):
-        Predictive(model, guide=guide, num_samples=3, parallel=True)(x=data["x"])
+    drawn = Predictive(guide, num_samples=4, parallel=parallel)()
+    assert torch.allclose(drawn["level"].reshape(4, 2), drawn["_z"].reshape(4, 2).exp())
+    trace: Any = pyro.poutine.trace(guide).get_trace()
+    trace.compute_log_prob()
+    assert torch.allclose(trace.nodes["level"]["log_prob"], -trace.nodes["level"]["value"].log())
+    assert Predictive(_plated, guide=guide, num_samples=4, parallel=parallel)(x=data["x"])["obs"].shape == (4, 3)
+
+
+def test_plates_around_the_guide_lie_outside_the_models() -> None:
+    data = {"x": torch.zeros(3), "y": torch.ones(3)}
+    density = from_model(_plated, data)
+    particles = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
+    guide = particle_guide(density, density.prior, particles, data)
+    with pytest.raises(ValueError, match="'level' has 1 plate dim.*such as dim=-2"), pyro.plate("draws", 5, dim=-1):
+        guide()
+
+
+def _laplace_posterior(model: Model, num_particles: int, y: Tensor) -> bp.Posterior:
+    x = torch.zeros(4, 3)
+    inference = laplace(num_particles=num_particles, num_steps=20, init="free")
+    learn = partial(bp.meta_learn, num_support=2, num_steps=1, compile=False, progress=False, inference=inference)
+    return learn(model, bp.Tasks({"x": x, "y": x + 1}, outputs=("y",))).adapt(x=torch.zeros(len(y)), y=y)
+
+
+def test_guide_of_laplace_is_its_gaussian() -> None:
+    y = torch.tensor([0.8, 1.1, 0.3, 1.6])
+    posterior = _laplace_posterior(_conjugate, 1, y)
+    sampler = Importance(posterior.model, posterior.as_guide(), num_samples=30).run(x=torch.zeros(4), y=y)
+    mean = posterior.params["mean"].detach()
+    exact = dist.MultivariateNormal(mean.expand(4), NOISE**2 * torch.eye(4) + 1).log_prob(y)
+    assert torch.allclose(torch.as_tensor(sampler.log_weights), exact.expand(30), atol=1e-4)
+
+
+def _two_wells(x: Tensor, y: Tensor | None = None) -> None:
+    mean = pyro.param("mean", torch.zeros(()))
+    place = pyro.sample("place", dist.Normal(mean, 3.0))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", dist.Normal(place**2 + 0 * x, NOISE), obs=y)
+
+
+def test_guide_of_several_modes_is_their_mixture() -> None:
+    posterior = _laplace_posterior(_two_wells, 6, torch.full((3,), 4.0))
+    trace: Any = pyro.poutine.trace(posterior.as_guide()).get_trace()
+    mixture, z = trace.nodes["_z"]["fn"], torch.linspace(-3, 3, 9).unsqueeze(1)
+    state = tree_map(lambda value: value[0], posterior.state)
+    log_prob = posterior.inference.log_prob
+    assert log_prob is not None
+    assert torch.allclose(mixture.log_prob(z), torch.stack([log_prob(state, row) for row in z]), rtol=1e-4, atol=1e-4)
+    drawn = mixture.sample((2000,)).squeeze(-1)
+    assert 0.9 < drawn.abs().min() < drawn.abs().max() < 3
+    share = mixture.mixture_distribution.probs[state.particles[:, 0] > 0].sum()
+    assert 0.4 < share < 0.6
+    assert abs((drawn > 0).float().mean() - share) < 4.5 * 0.5 / math.sqrt(2000)  # false-alarm rate 7e-6
 
 
 def test_the_mixture_is_what_smooth_resampling_draws_from() -> None:

@@ -92,9 +92,9 @@ def test_one_module_imports_arviz() -> None:
     assert _users("arviz", PACKAGE) <= {"bmaml_ppl/diagnostics/export.py"}
 
 
-def test_matplotlib_stays_in_plots_and_demos() -> None:
+def test_matplotlib_stays_in_plots_demos_and_experiments() -> None:
     outside = _users("matplotlib", PACKAGE) - {"bmaml_ppl/plots.py"}
-    assert {name for name in outside if "demo" not in name} == set()
+    assert {name for name in outside if "demo" not in name and "/experiments/" not in name} == set()
 
 
 @pytest.mark.parametrize("link", ["models", "inference"])

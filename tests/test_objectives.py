@@ -7,8 +7,8 @@ from torch.func import grad
 from torch.utils._pytree import tree_map
 
 from bmaml_ppl.adaptation import TaskData, one_task
-from bmaml_ppl.inference import map_estimate, svgd
-from bmaml_ppl.objectives import Objective, Rollout, chaser, marginal_nll, query_nll
+from bmaml_ppl.inference import laplace, map_estimate, svgd
+from bmaml_ppl.objectives import Objective, Rollout, chaser, evidence, marginal_nll, query_nll
 from bmaml_ppl.types import Inference, Tensors
 from tests.toys import bind, level, level_tasks, line, line_tasks, views_of
 
@@ -176,3 +176,43 @@ def test_marginal_nll_has_the_gradient_of_the_log_evidence() -> None:
     wanted = grad(evidence)(prior)
     for name in prior:
         torch.testing.assert_close(got[name], wanted[name], rtol=0.02, atol=0.02)
+
+
+def test_evidence_is_the_marginal_likelihood_of_all_observations() -> None:
+    tasks = level_tasks(3, 5)
+    prior = {"mean": torch.tensor(0.2), "sd": torch.tensor(0.7), "noise": torch.tensor(0.4)}
+    rollout = Rollout(bind(level, tasks, laplace(), "prior"), prior, *views_of(tasks, 2))
+    covariance = 0.7**2 * torch.ones(5, 5) + 0.4**2 * torch.eye(5)
+    exact = torch.distributions.MultivariateNormal(torch.full((5,), 0.2), covariance).log_prob(tasks.data["y"])
+    torch.testing.assert_close(evidence()(rollout), -exact)
+
+
+def test_evidence_of_the_query_is_ml_laplace() -> None:
+    tasks = level_tasks(3, 5)
+    prior = {"mean": torch.tensor(0.2), "sd": torch.tensor(0.7), "noise": torch.tensor(0.4)}
+    rollout = Rollout(bind(level, tasks, laplace(), "prior"), prior, *views_of(tasks, 2))
+    support, query = tasks.data["y"][:, :2], tasks.data["y"][:, 2:]
+    adapted = (0.2 / 0.7**2 + support.sum(1) / 0.4**2) / (1 / 0.7**2 + 2 / 0.4**2)
+    nll = -normal_log_prob(query, adapted[:, None], 0.4).sum(1)
+    log_det = torch.tensor(1 / 0.7**2 + 3 / 0.4**2).log()
+    torch.testing.assert_close(evidence("query", 0.3)(rollout), nll + 0.3 * log_det)
+    torch.testing.assert_close(evidence("query", 0.0)(rollout), query_nll()(rollout))
+    assert str(evidence("query", 0.3)) == "evidence(query, 0.3)"
+
+
+def test_evidence_needs_a_curvature() -> None:
+    with pytest.raises(ValueError, match=r"needs the curvature of inference=laplace\(...\), got svgd"):
+        evidence()(start_line(STEIN))
+    with pytest.raises(ValueError, match="'other'"):
+        evidence("other")  # type: ignore[arg-type]
+
+
+def test_a_task_that_is_repaired_in_any_adaptation_counts_once() -> None:
+    tasks = level_tasks(3, 5)
+    prior = {"mean": torch.tensor(0.2), "sd": torch.tensor(0.7), "noise": torch.tensor(0.4)}
+    rollout = Rollout(bind(level, tasks, laplace(), "prior"), prior, *views_of(tasks, 2))
+    (evidence() + evidence("query"))(rollout)
+    assert (len(rollout.states), rollout.num_repaired) == (2, 0)
+    rollout.states[0] = rollout.states[0]._replace(repair=torch.tensor([[0.0], [1.0], [2.0]]))
+    rollout.states[1] = rollout.states[1]._replace(repair=torch.tensor([[0.0], [0.0], [2.0]]))
+    assert rollout.num_repaired == 2

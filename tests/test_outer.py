@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.objectives import Objective, chaser, query_nll
-from bmaml_ppl.outer import clip, constrain, meta_gradient, parameter_groups, unconstrain
+from bmaml_ppl.outer import MetaGradient, clip, constrain, meta_gradient, parameter_groups, unconstrain
 from bmaml_ppl.types import Inference, Start, Tensors
 from tests.toys import bind, finite_differences, level, level_tasks, line, line_tasks, views_of
 
@@ -42,15 +42,15 @@ def check(objective: Objective, inference: Inference, start: Start, params: dict
     adapter = bind(model, tasks, inference, start)
     views = views_of(tasks, 3)
 
-    def gradient(params: Tensors) -> tuple[dict[str, Tensor], Tensor]:
+    def gradient(params: Tensors) -> MetaGradient:
         with seeded(3, torch.device("cpu")):
             return meta_gradient(adapter, objective, KNOWN, params, views)
 
-    got = gradient(params)[0]
+    got = gradient(params).gradients
     for name, value in params.items():
 
         def loss(moved: Tensor, name: str = name) -> Tensor:
-            return gradient({**params, name: moved})[1]
+            return gradient({**params, name: moved}).loss
 
         torch.testing.assert_close(got[name], finite_differences(loss, value), rtol=2e-5, atol=2e-6)
         assert got[name].abs().max() > 1e-4

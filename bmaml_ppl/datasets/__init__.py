@@ -1,5 +1,5 @@
-"""Ready task sets: published toy families (`sinusoid`) and real data frames (`frames`)."""
+"""Ready task sets: published toy families (`sinusoid`, `sine_line`) and real data frames (`frames`)."""
 
-from bmaml_ppl.datasets import frames, sinusoid
+from bmaml_ppl.datasets import frames, sine_line, sinusoid
 
-__all__ = ["frames", "sinusoid"]
+__all__ = ["frames", "sine_line", "sinusoid"]

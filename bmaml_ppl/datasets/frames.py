@@ -16,6 +16,7 @@ __all__ = [
     "life_expectancy",
     "load_frame",
     "pigs",
+    "radon",
     "school_maths",
     "sleep_study",
     "theophylline",
@@ -146,6 +147,32 @@ def theophylline() -> Tasks:
     )
 
 
+def radon(min_houses: int = 1) -> Tasks:
+    """Returns the radon levels in 919 houses of 85 Minnesota counties (tasks), 1 to 116 each.
+
+    Columns: floor, where it was measured, 0 in the basement and 1 on the first floor; to log_radon, log of pCi/L
+        (output). Constants: uranium, log of the county's soil uranium in ppm, and mean_floor, the mean of
+        floor over the county's houses.
+
+    Args:
+        min_houses: Counties with fewer are left out; meta-learning predicts some from others and needs 2.
+
+    References:
+        Gelman & Hill (2006), Data Analysis Using Regression and Multilevel Models, section 12.1; R package
+        HLMdiag, radon.
+    """
+    frame = load_frame("HLMdiag", "radon")
+    frame = frame.assign(mean_floor=frame.groupby("county")["basement"].transform("mean"))
+    return Tasks.from_frame(
+        frame,
+        task="county.name",
+        inputs={"floor": "basement"},  # despite its name 1 is the first floor, where levels are lower
+        outputs={"log_radon": "log.radon"},
+        constants={"uranium": "uranium", "mean_floor": "mean_floor"},
+        min_observations=min_houses,
+    )
+
+
 TASKS: dict[str, Callable[[], Tasks]] = {
     "pigs": pigs,
     "life_expectancy": life_expectancy,
@@ -153,5 +180,6 @@ TASKS: dict[str, Callable[[], Tasks]] = {
     "sleep_study": sleep_study,
     "school_maths": school_maths,
     "theophylline": theophylline,
+    "radon": radon,
 }
 """Every ready task set by name."""

@@ -2,11 +2,20 @@
 
 from collections.abc import Callable
 
+from bmaml_ppl.inference.laplace import laplace
+from bmaml_ppl.inference.mean_field import mean_field
+from bmaml_ppl.inference.platipus import platipus
 from bmaml_ppl.inference.point import map_estimate
 from bmaml_ppl.inference.svgd import svgd
 from bmaml_ppl.types import Inference
 
-__all__ = ["ALGORITHMS", "map_estimate", "svgd"]
+__all__ = ["ALGORITHMS", "laplace", "map_estimate", "mean_field", "platipus", "svgd"]
 
-ALGORITHMS: dict[str, Callable[..., Inference]] = {"map_estimate": map_estimate, "svgd": svgd}
+ALGORITHMS: dict[str, Callable[..., Inference]] = {
+    "laplace": laplace,
+    "map_estimate": map_estimate,
+    "mean_field": mean_field,
+    "platipus": platipus,
+    "svgd": svgd,
+}
 """Every algorithm by name; the contract tests run over it and saved priors are rebuilt from it."""

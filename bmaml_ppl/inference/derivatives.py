@@ -8,7 +8,7 @@ from torch.func import grad, jacrev, vmap
 
 from bmaml_ppl.types import LogDensity
 
-__all__ = ["FirstOrder", "curvature_factor", "hessians", "safe_fraction", "scores"]
+__all__ = ["FirstOrder", "curvature_factor", "equilibrate", "hessians", "safe_fraction", "scores"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def curvature_factor(negative_hessian: Tensor, floor: float = 1e-3) -> Tensor:
         Dauphin et al. (2014), Identifying and attacking the saddle point problem, for the absolute value; Ruiz
         (2001), A scaling algorithm to equilibrate both rows and columns norms in matrices.
     """
-    scale = _equilibrate(negative_hessian)
+    scale = equilibrate(negative_hessian)
     scaled = scale.unsqueeze(-1) * negative_hessian * scale.unsqueeze(-2)
     # The eigenvalue routine raises at NaN, which is to reach the outer loop's own check instead.
     smallest = torch.linalg.eigvalsh(torch.nan_to_num(scaled))[..., 0]
@@ -72,7 +72,7 @@ def curvature_factor(negative_hessian: Tensor, floor: float = 1e-3) -> Tensor:
     return torch.linalg.cholesky_ex(scaled + shift[..., None, None] * eye).L / scale.unsqueeze(-1)
 
 
-def _equilibrate(matrix: Tensor, num_sweeps: int = 4) -> Tensor:
+def equilibrate(matrix: Tensor, num_sweeps: int = 4) -> Tensor:
     """Scales s, (..., D), with which the largest entry of each row of s_i |A_ij| s_j is about 1.
 
     They differ by at most a factor of 10^4 from the one of the largest row, so that flat rows stay bounded.

@@ -20,7 +20,7 @@ __all__ = [
     "smooth_resample",
 ]
 
-Preconditioner = Literal["auto", "none", "adaptive", "curvature"]
+Preconditioner = Literal["auto", "none", "adaptive", "curvature", "gauss_newton"]
 LearnedStepSize = Literal["none", "scalar", "site", "parameter"]
 
 _CURVATURE_LIMIT = 32
@@ -54,9 +54,15 @@ class StepRule:
             adaptive step moves each coordinate about that far; longer ones make a network's function jump.
         learned: Whether the step size is meta-learned, and how finely.
         preconditioner: "none", "adaptive" (AdaGrad with decay), "curvature" (damped Hessian, O(M D^3) a
-            step), or "auto": "curvature" up to 32 latent coordinates, else "adaptive".
+            step), "gauss_newton" (Fisher information, in its dual form above 128 coordinates), or "auto": "curvature"
+            up to `limit` latent coordinates, else `large`.
         sites: Layout of z; None is one site.
-        newton: Default step size under "curvature"; interacting particles need shorter steps than one.
+        newton: Default step size under "curvature" and "gauss_newton"; interacting particles need shorter steps
+            than one.
+        limit: Most latent coordinates for which "auto" takes "curvature".
+        large: What "auto" takes above.
+        floor: Smallest eigenvalue of a Hessian under "curvature", relative to each coordinate's curvature. Smaller
+            ones slow the step down: its price for never being unbounded.
     """
 
     step_size: float | None
@@ -64,10 +70,13 @@ class StepRule:
     preconditioner: Preconditioner
     sites: Mapping[str, SiteLayout] | None
     newton: float = 1.0
+    limit: int = _CURVATURE_LIMIT
+    large: Preconditioner = "adaptive"
+    floor: float = 1e-3
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
-            ("preconditioner", self.preconditioner, ("auto", "none", "adaptive", "curvature")),
+            ("preconditioner", self.preconditioner, ("auto", "none", "adaptive", "curvature", "gauss_newton")),
             ("learn_step_size", self.learned, ("none", "scalar", "site", "parameter")),
         ):
             if got not in allowed:
@@ -79,7 +88,7 @@ class StepRule:
         """The preconditioner in use for D latent coordinates."""
         if self.preconditioner != "auto":
             return self.preconditioner
-        return "curvature" if dim <= _CURVATURE_LIMIT else "adaptive"
+        return "curvature" if dim <= self.limit else self.large
 
     def blocks(self, dim: int) -> list[slice]:
         """Slices of z, one a latent site."""
@@ -91,7 +100,7 @@ class StepRule:
         """The step size at its start."""
         if self.step_size is not None:
             return self.step_size
-        return self.newton if self.kind(dim) == "curvature" else _STEP_SIZE
+        return self.newton if self.kind(dim) in ("curvature", "gauss_newton") else _STEP_SIZE
 
     def parameters(self, dim: int) -> dict[str, Tensor]:
         """The meta-parameter `step_size` at its start, empty where it is not learned.

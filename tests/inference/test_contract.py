@@ -29,12 +29,26 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         for p in PRECONDITIONERS
         for s in LEARNED
     ],
+    "mean_field": [
+        {"num_particles": m, "preconditioner": p, "learn_step_size": s, "init": i}
+        for m, p, s, i in (
+            (1, "none", "parameter", "free"),
+            (4, "adaptive", "scalar", "prior"),
+            (7, "curvature", "none", "free"),
+        )
+    ]
+    + [{"noise": "fresh"}],
+    "platipus": [
+        {"num_particles": 3, "preconditioner": p, "learn_step_size": s} for p in PRECONDITIONERS for s in LEARNED
+    ],
     "svgd": [{"num_particles": 5, "preconditioner": p, "learn_step_size": s} for p in PRECONDITIONERS for s in LEARNED],
 }
 """What the contract is tested on besides an algorithm's defaults."""
 
 DIFFERENTIABLE: dict[str, list[dict[str, Any]]] = {
     "map_estimate": [{"num_particles": 2}],
+    "mean_field": [{"num_particles": 6}, {"num_particles": 2, "noise": "fresh", "init": "free"}],
+    "platipus": [{"num_particles": 2}],
     # A number as bandwidth: no gradient passes through a rule, so that finite differences would not agree.
     "svgd": [
         {"num_particles": 4, "bandwidth": 0.8, "structure": s, "kernel": k}
@@ -170,7 +184,8 @@ def test_gradient_to_the_prior_is_finite_differences(name: str, settings: dict[s
     prior = {key: value.requires_grad_() for key, value in _prior(inference).items()}
 
     def end(particles: Tensor, step_size: Tensor) -> Tensor:
-        return _run(inference, {"particles": particles, "step_size": step_size}, _banana, 3).particles
+        start = {**prior, "particles": particles, "step_size": step_size}
+        return _seeded(lambda: _run(inference, start, _banana, 3)).particles
 
     assert torch.autograd.gradcheck(end, (prior["particles"], prior["step_size"]))
 
@@ -182,7 +197,7 @@ def test_gradient_to_the_density_is_finite_differences(name: str, settings: dict
     prior = _prior(inference)
 
     def end(location: Tensor) -> Tensor:
-        return _run(inference, prior, lambda z: _banana(z - location), 2).particles
+        return _seeded(lambda: _run(inference, prior, lambda z: _banana(z - location), 2)).particles
 
     assert torch.autograd.gradcheck(end, (0.1 * torch.randn(DIM, dtype=F64)).requires_grad_())
 

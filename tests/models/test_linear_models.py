@@ -1,4 +1,4 @@
-"""Growth curves, linear regression and schools: densities are Pyro's, hierarchies are recovered."""
+"""Growth curves, linear regressions, schools and radon: densities are Pyro's, hierarchies are recovered."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,14 @@ import bmaml_ppl as bp
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.inference import svgd
 from bmaml_ppl.models import (
+    county_radon,
     eight_schools,
     eight_schools_data,
     eight_schools_tasks,
     growth_curve,
     linear_regression,
+    neural_linear,
+    radon_houses,
     school_effect,
 )
 
@@ -32,6 +35,12 @@ def _linear_data() -> dict[str, Tensor]:
     return {"x": torch.randn(5, 3, dtype=F64), "y": torch.randn(5, dtype=F64)}
 
 
+def _radon_data() -> dict[str, Tensor]:
+    data = {"floor": torch.tensor([0.0, 1.0, 0.0], dtype=F64), "log_radon": torch.randn(3, dtype=F64)}
+    county = {name: torch.full((), value, dtype=F64) for name, value in (("uranium", 0.3), ("mean_floor", 0.25))}
+    return data | county | {"county": torch.tensor([0, 2, 2])}
+
+
 def _schools_data() -> dict[str, Tensor]:
     return {key: value.double() for key, value in eight_schools_data().items()}
 
@@ -41,6 +50,9 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]]]] = {
     "growth diagonal": (lambda: growth_curve(1, covariance="diagonal"), _growth_data),
     "growth constant": (lambda: growth_curve(0), _growth_data),
     "linear": (lambda: linear_regression(3), _linear_data),
+    "neural linear": (lambda: neural_linear((3, 4, 2)), _linear_data),
+    "radon houses": (lambda: radon_houses(3), _radon_data),
+    "county": (county_radon, lambda: {key: value for key, value in _radon_data().items() if key != "county"}),
     "eight schools": (eight_schools, _schools_data),
     "school": (school_effect, _schools_data),
 }

@@ -8,6 +8,7 @@ import pyro
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.func import functional_call
 
 import bmaml_ppl as bp
@@ -33,16 +34,17 @@ def _pyro_log_joint(model: Callable[..., Any], density: Density, z: Tensor, data
     values = density.constrain(z, density.prior, data)
     with pyro.poutine.trace() as traced, pyro.condition(data=values):
         model(**data)
-    log_det = z[density.sites["gamma"].slice].sum() + z[density.sites["lam"].slice].sum()
-    return traced.trace.log_prob_sum() + log_det
+    log_det = sum(z[site.slice].sum() for name, site in density.sites.items() if name in ("gamma", "lam"))
+    return torch.as_tensor(traced.trace.log_prob_sum() + log_det).detach()
 
 
+@pytest.mark.parametrize("precisions", ["latent", "learned"])
 @pytest.mark.parametrize("center", ["zero", "learned"])
 @pytest.mark.parametrize("kind", ["sizes", "module"])
-def test_density_is_pyros(center: Any, kind: str) -> None:
+def test_density_is_pyros(center: Any, kind: str, precisions: Any) -> None:
     network: Any = (1, 4, 3, 1) if kind == "sizes" else _module()
     data = _data() if kind == "sizes" else {"x": torch.randn(6, 2, dtype=F64), "y": torch.randn(6, 3, dtype=F64)}
-    model = hierarchical_regression(network, center=center)
+    model = hierarchical_regression(network, center=center, precisions=precisions)
     density = from_model(model, data)
     z = 0.3 * torch.randn(density.dim, dtype=F64)
     torch.testing.assert_close(density.log_joint(z, density.prior, data), _pyro_log_joint(model, density, z, data))
@@ -57,6 +59,53 @@ def test_the_authors_network_has_3403_coordinates() -> None:
         "weights": 3401,
     }
     assert density.prior == {}
+
+
+def test_learned_precisions_leave_the_weights_alone_as_latents() -> None:
+    model = hierarchical_regression(
+        (1, 4, 1), center="learned", precisions="learned", initial_noise=0.2, initial_scale=0.3
+    )
+    density = from_model(model, _data())
+    assert density.dim == 13
+    assert list(density.sites) == ["weights"]
+    torch.testing.assert_close(density.prior["noise"], torch.tensor(0.2, dtype=F64))
+    torch.testing.assert_close(density.prior["scale"], torch.full((13,), 0.3, dtype=F64))
+    z, scale = torch.randn(13, dtype=F64), torch.rand(13, dtype=F64) + 0.1
+    params = density.prior | {"scale": scale, "noise": torch.tensor(0.5, dtype=F64)}
+    mean = torch.relu(_data()["x"][:, None] * z[:4] + z[4:8]) @ z[8:12] + z[12]
+    expected = Normal(params["theta"], scale).log_prob(z).sum() + Normal(mean, 0.5).log_prob(_data()["y"]).sum()
+    torch.testing.assert_close(density.log_joint(z, params, _data()), expected)
+
+
+def test_learned_precisions_are_learned() -> None:
+    # y = a x with a ~ N(0, 1) and noise .3: the slope's spread must grow from .5 (its standard error is .11), the
+    # intercept's fall from .5 and the noise from .4 (standard error .01).
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(40, 10, generator=generator) * 4 - 2
+    y = torch.randn(40, 1, generator=generator) * x + 0.3 * torch.randn(40, 10, generator=generator)
+    prior = bp.meta_learn(
+        hierarchical_regression((1, 1), center="learned", precisions="learned", initial_noise=0.4, initial_scale=0.5),
+        bp.Tasks({"x": x, "y": y}, outputs=("y",)),
+        num_support=5,
+        num_steps=100,
+        inference=svgd(num_particles=8, num_steps=8),
+        device="cpu",
+        progress=False,
+    )
+    assert prior.start == "prior"
+    slope, intercept = prior.params["scale"]
+    assert slope > 0.7
+    assert intercept < 0.35
+    assert prior.params["noise"].item() == pytest.approx(0.3, abs=0.06)
+
+
+def test_weights_know_the_shapes_of_their_layers() -> None:
+    sites = from_model(hierarchical_regression((1, 40, 3, 1)), _data()).sites
+    assert sites["weights"].shapes == ((40, 1), (40,), (3, 40), (3,), (1, 3), (1,))
+    assert sites["gamma"].shapes is None
+    data = {"x": torch.randn(6, 2, dtype=F64), "y": torch.randn(6, 3, dtype=F64)}
+    shapes = from_model(hierarchical_regression(_module(), precisions="learned"), data).sites["weights"].shapes
+    assert shapes == ((5, 2), (5,), (5,), (5,), (3, 5), (3,))
 
 
 def test_perceptron_is_the_forward_pass_by_hand() -> None:
@@ -175,7 +224,9 @@ def test_meta_learns_without_warnings(center: Any, kind: str) -> None:
         ({"network": nn.Tanh()}, "no parameters"),
         ({"network": nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))}, "running statistics"),
         ({"network": (1, 1), "center": "mean"}, "center='mean'"),
+        ({"network": (1, 1), "precisions": "fixed"}, "precisions='fixed'"),
         ({"network": (1, 1), "initial_noise": 0.0}, "initial_noise"),
+        ({"network": (1, 1), "initial_scale": -1.0}, "initial_scale"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

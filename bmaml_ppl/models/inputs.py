@@ -1,0 +1,29 @@
+"""What the network models ask of x and y."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_columns", "check_output"]
+
+
+def as_columns(x: Tensor, width: int) -> Tensor:
+    """Inputs of a network as floating columns, (N, width); a vector counts as one column.
+
+    Raises:
+        ValueError: If x has another shape.
+    """
+    columns = x.unsqueeze(-1) if x.ndim == 1 else x
+    if columns.ndim != 2 or columns.shape[1] != width:
+        allowed = f"(N, {width})" + (" or (N,)" if width == 1 else "")
+        raise ValueError(f"x has shape {tuple(x.shape)}, but the network takes {allowed}")
+    return columns if columns.is_floating_point() else columns.to(torch.get_default_dtype())
+
+
+def check_output(mean: Tensor, y: Tensor | None) -> None:
+    """Refuses an outcome y that has another shape than its mean, and would broadcast.
+
+    Raises:
+        ValueError: Says both shapes.
+    """
+    if y is not None and y.shape != mean.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}, but the network's output is {tuple(mean.shape)}; give that")

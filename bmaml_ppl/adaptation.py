@@ -22,7 +22,6 @@ __all__ = ["Adapter", "TaskData", "as_task_data", "check_inference", "one_task",
 
 
 _DENSE_LIMIT = 128
-_STILL = 4
 _RECORDED = (
     "_begin",
     "_prepare",
@@ -122,8 +121,9 @@ class Adapter:
         """Each task's state after so many steps more, or after fewer where none of them moves any more."""
         for _ in range(num_steps):
             before, state = state.particles, self.run(state, prior, tasks, 1)
-            still = _STILL * torch.finfo(before.dtype).eps * (1 + before.abs())
-            if bool(((state.particles - before).abs() <= still).all()):
+            # A Newton step this short leaves an error of its square, far below rounding error.
+            still = torch.finfo(before.dtype).eps ** (2 / 3)
+            if bool(((state.particles - before).abs() <= still * (1 + before.abs())).all()):
                 break
         return state
 
@@ -142,7 +142,8 @@ class Adapter:
 
         def solve(v: Tensor) -> Tensor:
             if optimum.shape[-1] <= _DENSE_LIMIT:
-                return torch.linalg.solve(self._hessian(optimum, fixed, tasks), v.unsqueeze(-1)).squeeze(-1)
+                # A singular Hessian gives non-finite gradients, and the outer loop stops at its last good prior.
+                return torch.linalg.solve_ex(self._hessian(optimum, fixed, tasks), v.unsqueeze(-1)).result.squeeze(-1)
             precision = getattr(self.measure(state, fixed, tasks), "precision", None)
             return conjugate_gradients(
                 lambda v: self._multiply(optimum, v, fixed, tasks),
@@ -174,7 +175,6 @@ class Adapter:
 
     def log_density(self, prior: Tensors, task: TaskData) -> LogDensity:
         """One task's log joint density as a function of z alone."""
-
         exact = TaskDensity(self.density, prior, task.data, task.mask)
         return FirstOrder(exact) if self.first_order else exact
 

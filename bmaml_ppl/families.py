@@ -10,6 +10,7 @@ from functools import singledispatch
 from math import prod, sqrt
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
@@ -60,7 +61,8 @@ class Family:
             size = prod(unconstrained)
             given[name] = transform(eta[:, at : at + size].reshape(len(eta), *unconstrained))
             at += size
-        return self.kind(**given, validate_args=False)
+        with pyro.validation_enabled(False):  # also of the distributions that this one makes for itself
+            return self.kind(**given, validate_args=False)
 
     def log_prob(self, eta: Tensor) -> Tensor:
         """Weighted log-probability of each row under other parameters: (R, P) -> (R,)."""

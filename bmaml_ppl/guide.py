@@ -132,6 +132,8 @@ class _Placed(Sites):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         super()._pyro_post_sample(msg)
+        if msg["name"] not in self.records:  # a plate inside another
+            return
         frames = tuple(frame for frame in msg["cond_indep_stack"] if frame.vectorized)
         self.places[msg["name"]] = _Place(frames, len(msg["fn"].batch_shape) if frames else 0)
 

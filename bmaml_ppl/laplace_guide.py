@@ -183,6 +183,7 @@ class LaplaceGuide:
         trace = _run(self.model, args, kwargs)
         sites = {name: node for name, node in trace.nodes.items() if node["type"] in ("sample", "param")}
         tensors = [v for v in [*tree_leaves((args, kwargs)), *(s["value"] for s in sites.values())] if _is_tensor(v)]
+        tensors.sort(key=lambda tensor: tensor.device.type == "cpu")  # the first one's device is that of latents
         bound = _Bound(self.model, args, kwargs, tensors)
         # All that is known is closed over: without an entry, there would be nothing to tell a batch's size by.
         data = {_NO_DATA: torch.zeros(0, dtype=torch.long, device=tensors[0].device if tensors else None)}

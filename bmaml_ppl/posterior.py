@@ -228,8 +228,8 @@ class Posterior:
         modes = self.state.particles
         if self.inference.name != "laplace" or modes.shape[1] != 1:
             raise ValueError(
-                f"linearized=True needs one mode, of inference=laplace(num_particles=1), got {self.inference.name} with "
-                f"{modes.shape[1]} particles; write linearized=False"
+                f"linearized=True needs one mode, of inference=laplace(num_particles=1), got {self.inference.name} "
+                f"with {modes.shape[1]} particles; write linearized=False"
             )
         return modes[:, 0]
 

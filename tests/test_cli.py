@@ -245,11 +245,15 @@ def test_debug_shows_the_traceback(run: Run) -> None:
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["fit", "adapt", "show", "demo"])
+@pytest.mark.parametrize("command", ["fit", "adapt", "show", "demo", "experiment growth"])
 def test_help_has_its_examples_line_by_line(run: Run, command: str) -> None:
-    text = run(command, "--help").output
+    text = run(*command.split(), "--help").output
     assert f"bmaml-ppl {command}" in text
     assert "\b" not in text
+
+
+def test_seeds_that_are_no_numbers_are_told(run: Run) -> None:
+    assert "--seeds '1-3' is not a list" in _refused(run("experiment", "growth", "--quick", "--seeds", "1-3"))
 
 
 def test_version_is_shown(run: Run) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmaml_ppl.density import from_model
 from bmaml_ppl.families import Family, information_root, read_family
@@ -360,3 +361,10 @@ def test_missing_values_of_a_subclass_are_not_counted_as_known() -> None:
     assert family.log_prob(family.eta)[0] == 0
     with pytest.raises(ValueError, match="NanMaskedNormal"):
         family.information_root(family.eta)
+
+
+def test_a_rebuilt_family_can_be_recorded() -> None:
+    # A StudentT makes a Chi2 for itself, which looked at its values to validate them.
+    family = _read(dist.StudentT(_t(4.0, 4.0), _t(0.0, 1.0), _t(1.0, 2.0)), _t(0.3, 0.4))
+    graph = make_fx(lambda eta: family.log_prob(eta))(family.eta)
+    torch.testing.assert_close(graph(family.eta + 0.1), family.log_prob(family.eta + 0.1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 
 from bmaml_ppl.adaptation import Adapter, TaskData
@@ -63,6 +64,15 @@ def _plated(y: Tensor, group: Tensor, num_groups: int, names: list[str] | None =
         pyro.sample("obs", dist.Normal(mean[..., group] + weights[..., group, 0], scale), obs=y)
 
 
+def _nested(y: Tensor) -> None:
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", y.shape[0], dim=-2):
+        scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        with pyro.plate("columns", y.shape[1], dim=-1):
+            cell = pyro.sample("cell", dist.Normal(top, 1.0))
+            pyro.sample("obs", dist.Normal(cell, 0.5 + scale), obs=y)
+
+
 def _hierarchy(y: Tensor, sigma: float) -> None:
     mean = pyro.param("mean", torch.tensor(0.3))
     scale = pyro.param("scale", torch.tensor(1.2), constraint=dist.constraints.positive)
@@ -79,6 +89,7 @@ CASES: dict[str, tuple[Model, tuple[Any, ...]]] = {
     "logistic": (_logistic, (X.double(), (X.sum(1) + _random(30, seed=2) > 0).double())),
     "eight schools": (eight_schools(), tuple(v.double() for v in eight_schools_data().values())),
     "plated": (_plated, (GROUPED[0].double(), *GROUPED[1:])),
+    "nested plates": (_nested, (_random(2, 3, seed=5).double() + 1,)),
 }
 
 
@@ -115,16 +126,18 @@ def test_equals_pyros(case: str) -> None:
         assert torch.allclose(quantiles[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_its_trace_is_pyros_trace() -> None:
-    model, args = CASES["plated"]
+@pytest.mark.parametrize("case", ["plated", "nested plates"])
+def test_its_trace_is_pyros_trace(case: str) -> None:
+    model, args = CASES[case]
     theirs: Any = pyro.poutine.trace(_pyro_laplace(model, args)).get_trace(*args)
     z = theirs.nodes["_AutoMultivariateNormal_latent"]["value"]
     replayed = pyro.poutine.condition(LaplaceGuide(model), data={"_z": z})
     ours: Any = pyro.poutine.trace(replayed).get_trace(*args)
-    for name in ("scale", "mean", "weights"):
+    for trace in (ours, theirs):
+        trace.compute_log_prob()
+    for name in {"plated": ("scale", "mean", "weights"), "nested plates": ("top", "scale", "cell")}[case]:
+        assert ours.nodes[name]["value"].shape == theirs.nodes[name]["value"].shape
         assert torch.allclose(ours.nodes[name]["value"], theirs.nodes[name]["value"], rtol=1e-6)
-        for trace in (ours, theirs):
-            trace.compute_log_prob()
         assert torch.allclose(ours.nodes[name]["log_prob"], theirs.nodes[name]["log_prob"], rtol=1e-6)
         assert ours.nodes[name]["fn"].event_dim == theirs.nodes[name]["fn"].event_dim
 
@@ -205,6 +218,36 @@ def test_gradients_reach_the_models_parameters(quantity: str, settings: dict[str
         assert got is not None
         assert got.abs().sum() > 1e-3
         assert torch.allclose(got, expected[name], rtol=1e-5, atol=1e-7)
+
+
+class _Network(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        linear: Any = PyroModule[nn.Linear]
+        self.features = linear(1, 2)
+        self.last: Any = PyroSample(dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        self.noise: Any = PyroParam(torch.tensor(0.5), constraint=dist.constraints.positive)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        mean = torch.tanh(self.features(x.unsqueeze(-1))) @ self.last
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, self.noise), obs=y)
+
+
+def test_a_pyro_module_is_learned() -> None:
+    model, x = _Network(), torch.linspace(-1, 1, 6)
+    guide = LaplaceGuide(model)
+
+    def loss() -> Tensor:
+        value: Tensor = Trace_ELBO().differentiable_loss(model, guide, x, y=x**2)
+        return value
+
+    loss().backward()
+    expected = _slopes(loss, ("features.weight", "noise"))
+    for name, slope in expected.items():
+        got = pyro.get_param_store()._params[name].grad
+        assert got is not None
+        assert torch.allclose(got, slope, rtol=1e-5, atol=1e-7)
 
 
 def test_elbo_is_the_evidence_where_the_posterior_is_gaussian_and_svi_learns_the_prior() -> None:

@@ -11,7 +11,7 @@ import bmaml_ppl as bp
 from bmaml_ppl.diagnostics.scores import mixture_log_density
 from bmaml_ppl.inference import map_estimate, mean_field, platipus
 from bmaml_ppl.objectives import Objective, Rollout, query_nll
-from bmaml_ppl.types import Inference
+from bmaml_ppl.types import Inference, Tensors
 from bmaml_ppl.variational_objectives import elbo, platipus_loss
 from tests.toys import bind, finite_differences, level, level_tasks, views_of
 
@@ -34,7 +34,7 @@ def log_likelihood(a: Tensor, noise: Tensor, y: Tensor) -> Tensor:
     return Normal(a.unsqueeze(-1), noise).log_prob(y.unsqueeze(1)).sum(-1)
 
 
-def log_marginal(prior: dict[str, Tensor], y: Tensor) -> Tensor:
+def log_marginal(prior: Tensors, y: Tensor) -> Tensor:
     num = y.shape[1]
     covariance = prior["noise"] ** 2 * torch.eye(num, dtype=F64) + prior["sd"] ** 2
     return torch.distributions.MultivariateNormal(prior["mean"].expand(num), covariance).log_prob(y)
@@ -65,7 +65,7 @@ def test_elbo_of_the_exact_posterior_misses_the_evidence_by_what_the_query_tells
 @pytest.mark.parametrize("kl_weight", [1.0, 0.1])
 def test_platipus_loss_is_algorithm_1(kl_weight: float) -> None:
     inference = platipus(num_particles=4, num_steps=2, step_size=0.05, preconditioner="none", rate=0.02)
-    rollout = rollout_of(inference, log_gamma_q=torch.tensor(-3.0, dtype=F64), log_v_q=torch.tensor([-1.0], dtype=F64))
+    rollout = rollout_of(inference, log_gamma_q=torch.tensor([-3.0], dtype=F64), log_v_q=torch.tensor([-1.0], dtype=F64))
     torch.manual_seed(0)
     loss = platipus_loss(kl_weight)(rollout)
     prior = rollout.prior

@@ -1,6 +1,7 @@
 """What the growth experiment leaves for the eye: fan charts of held-out tasks of each data set."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -39,12 +40,14 @@ def _draw_study(axes: list[Axes], study: Study, path: Path, settings: GrowthSett
     split = split_study(study, settings.seeds[0], settings)
     times = study.load().data[study.input]
     grid = torch.linspace(times.min().item(), times.max().item(), _GRID)
+    support, query = split.support[: len(axes)], split.query[: len(axes)]
+    inputs: dict[str, Any] = {study.input: grid.expand(len(support), -1)}
+    draws = prior.adapt(support).predict(num_samples=4000, **inputs)["obs"]
     for i, ax in enumerate(axes):
-        support, query = split.support[i], split.query[i]
-        draws = prior.adapt(support).predict(num_samples=4000, **{study.input: grid.expand(1, -1)})["obs"][:, 0]
         labels = study.labels if i == 0 else (study.labels[0], "")
-        title = f"{study.title}\n{support.names[0]}" if i == 0 else f"\n{support.names[0]}"
-        plot_task(draws, grid, _points(support, study), _points(query, study), ax, labels=labels, title=title)
+        title = f"{study.title}\n{support.names[i]}" if i == 0 else f"\n{support.names[i]}"
+        seen, held_out = _points(support[i], study), _points(query[i], study)
+        plot_task(draws[:, i], grid, seen, held_out, ax, labels=labels, title=title)
 
 
 def _points(task: Tasks, study: Study) -> Points:

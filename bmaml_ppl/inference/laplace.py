@@ -7,16 +7,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, vjp, vmap
+from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.inference import point
 from bmaml_ppl.inference.curvature import Curvature, Form, measure_curvature
 from bmaml_ppl.inference.curvature_checks import check_curvature
-from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, hessians, safe_fraction, scores
 from bmaml_ppl.inference.particles import LearnedStepSize, ParticleState, Preconditioner, StepRule, resample
 from bmaml_ppl.inference.precision import mahalanobis
+from bmaml_ppl.inference.prior_moments import exact_density, prior_moments
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
 
 __all__ = ["LaplaceState", "laplace", "log_mass", "log_prob", "measure", "prepare", "sample"]
@@ -24,7 +24,6 @@ __all__ = ["LaplaceState", "laplace", "log_mass", "log_prob", "measure", "prepar
 _GAUSS_NEWTON_FROM = 64
 _SAME_MODE = 1e-2
 _FLOOR = 1e-6
-_PRIOR_SLACK = 0.0
 
 
 class LaplaceState(NamedTuple):
@@ -150,19 +149,12 @@ def _check(curvature: str, form: str) -> None:
 
 
 def prepare(state: ParticleState, log_density: LogDensity) -> ParticleState:
-    """Moves draws from the prior to its mean: one Newton step on the log prior, exact for a normal prior."""
-    exact = _exact(log_density)
+    """Moves draws from the prior to its mean; exact for a normal prior."""
+    exact = exact_density(log_density)
     if not hasattr(exact, "log_prior"):
         return state
-    prior, particles = exact.log_prior, state.particles
-    direction = scores(prior, particles)
-    if particles.shape[1] <= _GAUSS_NEWTON_FROM:
-        factor = curvature_factor(-hessians(prior, particles))
-        move = torch.cholesky_solve(direction.unsqueeze(-1), factor).squeeze(-1)
-    else:
-        curved = vmap(lambda z: -vjp(grad(prior), z)[1](torch.ones_like(z))[0])(particles)
-        move = torch.where(curved > 0, direction / curved, 0.0)
-    return state._replace(particles=particles + move * safe_fraction(prior, particles, move, _PRIOR_SLACK))
+    mean, _ = prior_moments(exact.log_prior, state.particles)
+    return state._replace(particles=mean.expand(state.particles.shape))
 
 
 def update(state: Any, log_density: LogDensity, *, rule: StepRule) -> ParticleState:
@@ -181,7 +173,7 @@ def measure(
 ) -> LaplaceState:
     """The curvature at each particle, differentiable in it and in whatever the density depends on."""
     state = state.point if isinstance(state, LaplaceState) else state
-    exact = _exact(log_density)
+    exact = exact_density(log_density)
 
     def at(z: Tensor) -> tuple[Any, ...]:
         measured = measure_curvature(exact, z, curvature, form, sites)
@@ -212,9 +204,8 @@ def sample(state: Any, num_samples: int, generator: torch.Generator | None) -> T
 def log_prob(state: LaplaceState, z: Tensor) -> Tensor:
     """Log density of the approximation at one point: (D,) -> scalar."""
     of_modes = vmap(lambda one, mode: 0.5 * (one.log_det() - mahalanobis(one, z - mode)))
-    return torch.logsumexp(torch.log_softmax(log_mass(state), 0) + of_modes(state.precision, state.particles), 0) - 0.5 * len(z) * log(
-        2 * pi
-    )
+    weighted = torch.log_softmax(log_mass(state), 0) + of_modes(state.precision, state.particles)
+    return torch.logsumexp(weighted, 0) - 0.5 * len(z) * log(2 * pi)
 
 
 def log_mass(state: LaplaceState) -> Tensor:
@@ -240,7 +231,3 @@ def _choose(log_weights: Tensor, num_samples: int, generator: torch.Generator | 
 def _first(precision: Any) -> Any:
     """The precision of the first mode."""
     return tree_map(lambda value: value[0], precision)
-
-
-def _exact(log_density: LogDensity) -> Any:
-    return log_density.exact if isinstance(log_density, FirstOrder) else log_density

@@ -18,6 +18,7 @@ from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start, Tensors
 __all__ = ["MeanFieldState", "begin", "entropy", "log_prob", "mean_field", "prepare", "sample", "update"]
 
 _SLACK = 0.01
+_NATURAL = 0.05
 
 
 class MeanFieldState(NamedTuple):
@@ -51,7 +52,7 @@ def mean_field(
     num_steps: int = 5,
     step_size: float | None = None,
     learn_step_size: LearnedStepSize = "none",
-    preconditioner: Preconditioner = "auto",
+    preconditioner: Preconditioner | Literal["natural"] = "auto",
     noise: Literal["auto", "common", "fresh"] = "auto",
     initial_scale: float = 0.1,
     init: Start = "auto",
@@ -68,11 +69,12 @@ def mean_field(
     Args:
         num_particles: M, draws by which expectations are taken; `posterior.draws(S)` draws from q itself.
         num_steps: Adaptation steps n.
-        step_size: alpha, of m and of log s; None takes the preconditioner's default.
+        step_size: alpha, of m and of log s; None takes the preconditioner's default, 0.05 for "natural".
         learn_step_size: Whether the step size is meta-learned, and how finely (Meta-SGD: "parameter").
-        preconditioner: "none" is plain gradient ascent (ABML), "adaptive" scales by a decayed second moment,
-            "curvature" takes Newton's step in m and moves s^-2 towards the mean curvature (variational Newton);
-            "auto" is "curvature" up to 32 latents, then "adaptive".
+        preconditioner: "none" is plain gradient ascent (ABML), which a prior of standard deviation s needs to be
+            shorter than 2 s^2; "natural" takes m in units of s, so that it does not; "adaptive" scales by a decayed
+            second moment; "curvature" takes Newton's step in m and moves s^-2 towards the mean curvature (variational
+            Newton); "auto" is "curvature" up to 32 latents, then "adaptive".
         noise: "common" draws stay during adaptation, "fresh" ones come with every step; "auto" is "common" where
             they can be uncorrelated.
         initial_scale: Where s starts under a free start, in unconstrained units.
@@ -99,10 +101,13 @@ def mean_field(
     check_count("num_particles", num_particles, least=1)
     check_count("num_steps", num_steps, least=0)
     _check(noise, initial_scale, preconditioner)
-    rule = StepRule(step_size, learn_step_size, preconditioner, sites)
+    natural = preconditioner == "natural"
+    if natural and step_size is None:
+        step_size = _NATURAL
+    rule = StepRule(step_size, learn_step_size, "none" if preconditioner == "natural" else preconditioner, sites)
     return Inference(
         init=partial(begin, rule=rule, initial_scale=initial_scale),
-        update=partial(update, rule=rule, noise=noise),
+        update=partial(update, rule=rule, noise=noise, natural=natural),
         sample=sample,
         parameters=partial(parameters, rule=rule, initial_scale=initial_scale, start=init),
         name="mean_field",
@@ -154,24 +159,34 @@ def prepare(state: MeanFieldState, log_density: LogDensity) -> MeanFieldState:
 
 
 def update(
-    state: MeanFieldState, log_density: LogDensity, *, rule: StepRule, noise: Literal["auto", "common", "fresh"]
+    state: MeanFieldState,
+    log_density: LogDensity,
+    *,
+    rule: StepRule,
+    noise: Literal["auto", "common", "fresh"],
+    natural: bool,
 ) -> MeanFieldState:
     """One step of q; see `mean_field`."""
     score = scores(log_density, state.particles)
-    kind = rule.kind(len(state.loc))
-    moved = (_step_newton if kind == "curvature" else partial(_step_gradient, rule=rule))(state, log_density, score)
+    if rule.kind(len(state.loc)) == "curvature":
+        moved = _step_newton(state, log_density, score)
+    else:
+        moved = _step_gradient(state, score, rule, natural)
     num, dim = state.noise.shape
     if noise == "fresh" or (noise == "auto" and dim > _rank(num)):
         moved = moved._replace(noise=_draw_noise(state.noise))
     return moved
 
 
-def _step_gradient(state: MeanFieldState, log_density: LogDensity, score: Tensor, *, rule: StepRule) -> MeanFieldState:
-    """A step along the gradient of the ELBO in loc and log_scale."""
-    in_scale = (score * state.noise).mean(0) * state.log_scale.exp() + 1
+def _step_gradient(state: MeanFieldState, score: Tensor, rule: StepRule, natural: bool) -> MeanFieldState:
+    """A step along the gradient of the ELBO in loc and log_scale, or that divided by their Fisher information."""
+    scale = state.log_scale.exp()
+    direction = torch.stack([score.mean(0), (score * state.noise).mean(0) * scale + 1])
+    if natural:
+        direction = direction * torch.stack([scale.square(), torch.full_like(scale, 0.5)])
     rows = torch.stack([state.loc, state.log_scale])
     point = ParticleState(rows, state.step_size, state.second_moment, state.num_updates)
-    point = advance(rule, point, torch.stack([score.mean(0), in_scale]))
+    point = advance(rule, point, direction)
     loc, log_scale = point.particles
     return state._replace(
         loc=loc, log_scale=log_scale, second_moment=point.second_moment, num_updates=point.num_updates

@@ -27,7 +27,7 @@ class PlatipusState(NamedTuple):
         step_size: Step size, a scalar or (D,).
         second_moment: Decayed mean of squared directions, (M, D); zero unless adaptive.
         num_updates: Steps taken, a scalar.
-        rate: gamma, of the step by which `prepare` moves the prior's mean, a scalar.
+        rate: gamma, of the step by which `prepare` moves the prior's mean, (D,).
         center: mu after that step, (D,).
         scale: sigma, (D,).
         noise: What the draws were made of, (M, D).
@@ -57,7 +57,7 @@ def platipus(
     r"""Draws from a prior shifted by the support set, then gradient steps on its likelihood alone.
 
     .. math::
-        \theta_m \sim N(\mu + \gamma_p \nabla \log p(D \mid \mu), \sigma^2), \quad
+        \theta_m \sim N(\mu + \gamma_p \odot \nabla \log p(D \mid \mu), \sigma^2), \quad
         \theta_m \leftarrow \theta_m + \alpha \nabla \log p(D \mid \theta_m)
 
     The prior N(mu, sigma^2) is the model's own, of its latents given its `pyro.param`, so that the model must learn
@@ -72,7 +72,7 @@ def platipus(
         learn_step_size: Whether alpha is meta-learned, and how finely.
         preconditioner: "none" is plain gradient ascent (the paper's), "adaptive" scales by a decayed second moment,
             "curvature" by each draw's own damped Hessian; "auto" is "curvature" up to 32 latents, then "adaptive".
-        rate: Where gamma_p and gamma_q start; `log_gamma_p` and `log_gamma_q` are meta-learned.
+        rate: Where gamma_p and gamma_q start; `log_gamma_p` and `log_gamma_q`, (D,) each, are meta-learned.
         posterior_scale: Where the square root of v_q starts, in unconstrained units; `log_v_q`, (D,), is meta-learned.
         sites: Layout of z; given by the learner.
 
@@ -121,8 +121,8 @@ def parameters(dim: int, *, rule: StepRule, rate: float, posterior_scale: float)
     """gamma_p, gamma_q and v_q at their start, in logs, and the step size where it is learned."""
     return {
         **rule.parameters(dim),
-        "log_gamma_p": torch.tensor(log(rate)),
-        "log_gamma_q": torch.tensor(log(rate)),
+        "log_gamma_p": torch.full((dim,), log(rate)),
+        "log_gamma_q": torch.full((dim,), log(rate)),
         "log_v_q": torch.full((dim,), 2 * log(posterior_scale)),
     }
 

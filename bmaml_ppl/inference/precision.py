@@ -47,18 +47,23 @@ class Dense(NamedTuple):
 
     @property
     def noise_dim(self) -> int:
+        """Entries of the noise that a draw takes."""
         return self.factor.shape[-1]
 
     def multiply(self, v: Tensor) -> Tensor:
+        """H v, (D,)."""
         return self.factor @ (self.factor.mT @ v)
 
     def solve(self, v: Tensor) -> Tensor:
+        """H^-1 v, (D,)."""
         return torch.cholesky_solve(v.unsqueeze(-1), self.factor).squeeze(-1)
 
     def colour(self, noise: Tensor) -> Tensor:
+        """A draw from N(0, H^-1), (D,), from standard normal noise."""
         return torch.linalg.solve_triangular(self.factor.mT, noise.unsqueeze(-1), upper=True).squeeze(-1)
 
     def log_det(self) -> Tensor:
+        """Log determinant of H, a scalar."""
         return 2 * self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
@@ -73,18 +78,23 @@ class Diagonal(NamedTuple):
 
     @property
     def noise_dim(self) -> int:
+        """Entries of the noise that a draw takes."""
         return self.diagonal.shape[-1]
 
     def multiply(self, v: Tensor) -> Tensor:
+        """H v, (D,)."""
         return self.diagonal * v
 
     def solve(self, v: Tensor) -> Tensor:
+        """H^-1 v, (D,)."""
         return v / self.diagonal
 
     def colour(self, noise: Tensor) -> Tensor:
+        """A draw from N(0, H^-1), (D,), from standard normal noise."""
         return noise * self.diagonal.rsqrt()
 
     def log_det(self) -> Tensor:
+        """Log determinant of H, a scalar."""
         return self.diagonal.log().sum(-1)
 
 
@@ -127,6 +137,7 @@ class Dual(NamedTuple):
 
     @property
     def noise_dim(self) -> int:
+        """Entries of the noise that a draw takes."""
         return self.rows.shape[-1] + self.rows.shape[-2]
 
     def _others(self, v: Tensor) -> Tensor:
@@ -141,6 +152,7 @@ class Dual(NamedTuple):
         return solved if v.dim() == 2 else solved.squeeze(-1)
 
     def multiply(self, v: Tensor) -> Tensor:
+        """H v, (D,)."""
         u, w = self.select.mT @ v, self._others(v)
         # In terms of what is kept: K = G (G^-1 K), A = S + K^T G^-1 K.
         lifted = w + self.couple @ u
@@ -149,6 +161,7 @@ class Dual(NamedTuple):
         return large + self.select @ small
 
     def solve(self, v: Tensor) -> Tensor:
+        """H^-1 v, (D,)."""
         base = self.solve_large(self._others(v))
         u = self._solve_small(self.select.mT @ v - self.couple.mT @ self._others(v))
         return base + self.select @ u - self.couple @ u
@@ -157,6 +170,7 @@ class Dual(NamedTuple):
         return torch.cholesky_solve(v.unsqueeze(-1), self.schur).squeeze(-1) if len(v) else v
 
     def colour(self, noise: Tensor) -> Tensor:
+        """A draw from N(0, H^-1), (D,), from standard normal noise."""
         dim = self.rows.shape[-1]
         first, second = noise[:dim], noise[dim:]
         # Matheron's rule: a draw from the diagonal Gaussian, corrected by its own error at the rows.
@@ -168,6 +182,7 @@ class Dual(NamedTuple):
         return w + self.select @ u - self.couple @ u
 
     def log_det(self) -> Tensor:
+        """Log determinant of H, a scalar."""
         return (
             self.diagonal.log().sum(-1)
             + 2 * self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -192,6 +207,7 @@ class Kronecker(NamedTuple):
 
     @property
     def noise_dim(self) -> int:
+        """Entries of the noise that a draw takes."""
         return sum(a.shape[-1] * b.shape[-1] for a, b in zip(self.left, self.right, strict=True))
 
     def _blocks(self, v: Tensor) -> list[Tensor]:
@@ -200,15 +216,18 @@ class Kronecker(NamedTuple):
         return [part.reshape(size) for part, size in zip(parts, sizes, strict=True)]
 
     def multiply(self, v: Tensor) -> Tensor:
+        """H v, (D,)."""
         blocks = zip(self.left, self.right, self._blocks(v), strict=True)
         return torch.cat([(a @ (a.mT @ x) @ b @ b.mT).reshape(-1) for a, b, x in blocks])
 
     def solve(self, v: Tensor) -> Tensor:
+        """H^-1 v, (D,)."""
         blocks = zip(self.left, self.right, self._blocks(v), strict=True)
         solved = [torch.cholesky_solve(torch.cholesky_solve(x, a).mT, b).mT for a, b, x in blocks]
         return torch.cat([x.reshape(-1) for x in solved])
 
     def colour(self, noise: Tensor) -> Tensor:
+        """A draw from N(0, H^-1), (D,), from standard normal noise."""
         drawn = []
         for a, b, x in zip(self.left, self.right, self._blocks(noise), strict=True):
             half = torch.linalg.solve_triangular(a.mT, x, upper=True)
@@ -216,6 +235,7 @@ class Kronecker(NamedTuple):
         return torch.cat(drawn)
 
     def log_det(self) -> Tensor:
+        """Log determinant of H, a scalar."""
         total = [
             2 * b.shape[-1] * a.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             + 2 * a.shape[-1] * b.diagonal(dim1=-2, dim2=-1).log().sum(-1)

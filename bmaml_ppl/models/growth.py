@@ -48,13 +48,13 @@ def growth_curve(degree: int = 2, *, covariance: Literal["full", "diagonal"] = "
     return model
 
 
-def _coefficients(like: Tensor, size: int, covariance: str) -> Any:
+def _coefficients(like: Tensor, size: int, covariance: str, spread: float = 1.0) -> Any:
     mean = pyro.param("mean", lambda: like.new_zeros(size))
     if covariance == "diagonal":
-        scale = pyro.param("scale", lambda: like.new_ones(size), constraint=constraints.positive)
+        scale = pyro.param("scale", lambda: like.new_full((size,), spread), constraint=constraints.positive)
         return dist.Normal(mean, scale).to_event(1)
     eye = torch.eye(size, dtype=like.dtype, device=like.device)
-    scale_tril = pyro.param("scale_tril", lambda: eye, constraint=constraints.lower_cholesky)
+    scale_tril = pyro.param("scale_tril", lambda: spread * eye, constraint=constraints.lower_cholesky)
     return dist.MultivariateNormal(mean, scale_tril=scale_tril)
 
 
@@ -97,7 +97,7 @@ def smooth_growth(degree: int = 2, *, num_functions: int = 8, boundary: float = 
         raise ValueError(f"num_functions={num_functions}, boundary={boundary}; give at least 1, and more than 0")
 
     def model(time: Tensor, value: Tensor | None = None) -> None:
-        coef = pyro.sample("coef", _coefficients(time, degree + 1, "full"))
+        coef = pyro.sample("coef", _coefficients(time, degree + 1, "full", 0.3))
         weights = pyro.sample("weights", dist.Normal(time.new_zeros(num_functions), 1.0).to_event(1))
         polynomial = torch.stack([time**k for k in range(degree + 1)], -1) @ coef
         departure = _growing("departure", 0.2, time) * (_smooth_basis(time, num_functions, boundary) @ weights)

@@ -13,6 +13,10 @@ from bmaml_ppl.types import Model
 __all__ = ["OralDose", "concentration_after", "one_compartment"]
 
 
+# A difference of exponents below which the series' first left-out term is under 1e-11 of the value.
+_NEAR = 0.02
+
+
 class OralDose(NamedTuple):
     """Where the meta-learned prior of `one_compartment` starts: typical rates, and their spread.
 
@@ -38,8 +42,7 @@ def concentration_after(
 
     .. math:: C(t) = \frac{D k_a k_e}{Cl (k_a - k_e)} \bigl(e^{-k_e t} - e^{-k_a t}\bigr)
 
-    The quotient is evaluated so that it and its derivatives are right at k_a = k_e, where it is
-    :math:`t e^{-k_e t}`.
+    The limit at k_a = k_e, D k_e^2 t exp(-k_e t) / Cl, is met with its first and second derivatives, by a series.
 
     Args:
         time: h since the dose, (N,).
@@ -54,21 +57,16 @@ def concentration_after(
     Reference:
         Pinheiro and Bates (2000), Mixed-Effects Models in S and S-PLUS, appendix C.5 (SSfol).
     """
-    slow = torch.minimum(absorption, elimination)
-    difference = (absorption - elimination).abs() * time
-    quotient = time * torch.exp(-slow * time) * _relative_expm1(difference)
-    return dose * absorption * elimination / clearance * quotient
+    difference = (absorption - elimination) * time
+    near = difference.abs() < _NEAR
+    x = torch.where(near, difference, 0.0)
+    at_equality = torch.exp(-elimination * time) * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))))
+    x = torch.where(near, 1.0, difference.abs())
+    elsewhere = torch.exp(-torch.minimum(absorption, elimination) * time) * -torch.expm1(-x) / x
+    return dose * absorption * elimination / clearance * time * torch.where(near, at_equality, elsewhere)
 
 
-def _relative_expm1(x: Tensor) -> Tensor:
-    """(1 - exp(-x)) / x for x >= 0, with the first derivatives right at 0."""
-    small = x < 0.02
-    away = torch.where(small, torch.ones_like(x), x)
-    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5)))
-    return torch.where(small, series, -torch.expm1(-away) / away)
-
-
-def one_compartment(start: OralDose | None = None) -> Model:
+def one_compartment(start: OralDose | None = None, *, relative_noise: bool = False) -> Model:
     r"""One subject's concentrations after an oral dose: a one-compartment model with first-order absorption.
 
     .. math::
@@ -79,10 +77,13 @@ def one_compartment(start: OralDose | None = None) -> Model:
     `concentration`, mg/L, both (N,), and the constant `dose`, mg per kg. It is written in these units: leave the tasks
     unstandardised. Latent site: `rates`, (3,), the logarithms of k_a and k_e (1/h) and of the clearance Cl (L/h
     per kg). Deterministic sites: `absorption`, `elimination` and `clearance` themselves. Meta-learned: `mean` and
-    `scale_tril` of `rates`; `noise` a, mg/L, and `relative_noise` b.
+    `scale_tril` of `rates`; `noise` a, mg/L, and `relative_noise` b
+    where asked for.
 
     Args:
         start: Where the prior starts; None is `OralDose()`.
+        relative_noise: Whether b is learned; else it is 0, as published. Learned, a and b need many subjects: the
+            samples taken at time 0, which are 0 but for a few, make the noise of small concentrations vanish.
 
     References:
         Boeckmann, Sheiner and Beal (1994), NONMEM Users Guide, Part V; Pinheiro and Bates (2000), Mixed-Effects
@@ -97,12 +98,14 @@ def one_compartment(start: OralDose | None = None) -> Model:
             "scale_tril", lambda: begin.spread * torch.eye(3).to(time), constraint=constraints.lower_cholesky
         )
         noise = pyro.param("noise", lambda: time.new_tensor(0.5), constraint=constraints.positive)
-        relative = pyro.param("relative_noise", lambda: time.new_tensor(0.1), constraint=constraints.positive)
         rates = pyro.sample("rates", dist.MultivariateNormal(mean, scale_tril=root))
         names = ("absorption", "elimination", "clearance")
         values = [pyro.deterministic(name, rate.exp()) for name, rate in zip(names, rates, strict=True)]
         curve = concentration_after(time, dose, *values)
+        if relative_noise:
+            relative = pyro.param("relative_noise", lambda: time.new_tensor(0.1), constraint=constraints.positive)
+            noise = (noise**2 + (relative * curve) ** 2).sqrt()
         with pyro.plate("samples", len(time)):
-            pyro.sample("obs", dist.Normal(curve, (noise**2 + (relative * curve) ** 2).sqrt()), obs=concentration)
+            pyro.sample("obs", dist.Normal(curve, noise), obs=concentration)
 
     return model

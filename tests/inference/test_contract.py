@@ -33,6 +33,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"num_particles": m, "preconditioner": p, "learn_step_size": s, "init": i}
         for m, p, s, i in (
             (1, "none", "parameter", "free"),
+            (3, "natural", "none", "free"),
             (4, "adaptive", "scalar", "prior"),
             (7, "curvature", "none", "free"),
         )
@@ -41,11 +42,16 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "platipus": [
         {"num_particles": 3, "preconditioner": p, "learn_step_size": s} for p in PRECONDITIONERS for s in LEARNED
     ],
+    # A plain log density shows no observations: what needs them has tests of its own.
+    "laplace": [{"preconditioner": p} for p in PRECONDITIONERS]
+    + [{"num_particles": 4, "curvature": c, "gradient": "unrolled"} for c in ("exact", "diagonal")]
+    + [{"gradient": "unrolled", "learn_step_size": "parameter", "preconditioner": "curvature"}],
     "svgd": [{"num_particles": 5, "preconditioner": p, "learn_step_size": s} for p in PRECONDITIONERS for s in LEARNED],
 }
 """What the contract is tested on besides an algorithm's defaults."""
 
 DIFFERENTIABLE: dict[str, list[dict[str, Any]]] = {
+    "laplace": [{"num_particles": 2, "gradient": "unrolled"}],
     "map_estimate": [{"num_particles": 2}],
     "mean_field": [{"num_particles": 6}, {"num_particles": 2, "noise": "fresh", "init": "free"}],
     "platipus": [{"num_particles": 2}],
@@ -85,7 +91,7 @@ def _run(inference: Inference, prior: dict[str, Tensor], log_density: LogDensity
     state = inference.init(prior)
     for _ in range(steps):
         state = inference.update(state, log_density)
-    return state
+    return state if inference.measure is None else inference.measure(state, log_density)
 
 
 def _seeded(call: Callable[[], Any]) -> Any:

@@ -614,8 +614,9 @@ def test_a_large_site_that_depends_on_another_is_refused() -> None:
 @pytest.mark.parametrize("precisions", ["latent", "learned"])
 def test_networks_pass_the_checks(kind: Curvature, form: Form, precisions: Literal["latent", "learned"]) -> None:
     task, z = _network(precisions)
+    given: Any = task.data
     for dtype in (torch.float32, F64):
-        prior, data = ({k: v.to(dtype) for k, v in part.items()} for part in (task.prior, task.data))
+        prior, data = ({k: v.to(dtype) for k, v in part.items()} for part in (task.prior, given))
         check_curvature(TaskDensity(task.density, prior, data), z.to(dtype), kind, form, task.density.sites)
 
 

@@ -83,9 +83,10 @@ def test_gradients_reach_the_prior_and_the_rate(preconditioner: Any, recorded: b
     names = ["mean", "sd", "noise", "log_gamma_p"]
 
     def end(values: Tensor) -> Tensor:
-        return (adapt(adapter, {**prior, **dict(zip(names, values, strict=True))}, support).particles * weights).sum()
+        changed = {name: value.reshape(prior[name].shape) for name, value in zip(names, values, strict=True)}
+        return (adapt(adapter, prior | changed, support).particles * weights).sum()
 
-    at = torch.stack([prior[name] for name in names])
+    at = torch.stack([prior[name].reshape(()) for name in names])
     slopes = torch.autograd.grad(end(at.requires_grad_()), at)[0]
     torch.testing.assert_close(slopes, finite_differences(end, at.detach()), rtol=1e-5, atol=1e-6)
     assert (slopes.abs() > 1e-4).all()

@@ -200,7 +200,7 @@ def demo(
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 2,
 ) -> None:
-    """Predict the growth of pigs from three weighings, by seven methods.
+    """Predict the growth of pigs from three weighings, by ten methods.
 
     Learns from most of 72 pigs, sees three weighings of each of the others and predicts the rest, on three splits
     of the pigs; takes a few minutes. Needs the packages of pip install "bmaml-ppl[data]".

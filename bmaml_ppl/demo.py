@@ -118,11 +118,17 @@ def _classical(predict: Callable[[Split], Gaussian], split: Split, settings: Dem
 
 
 def _learned(
-    learn: Callable[..., LearnedPrior], split: Split, settings: DemoSettings, linearized: bool = False
+    learn: Callable[..., LearnedPrior],
+    split: Split,
+    settings: DemoSettings,
+    linearized: bool = False,
+    num_steps: int | None = None,
 ) -> Forecast:
     prior, scaling = learn(split.train, settings), split.train.scaling
     assert scaling is not None
-    return forecast_learned(prior, split.support, split.query, "weight", scaling, linearized=linearized)
+    return forecast_learned(
+        prior, split.support, split.query, "weight", scaling, linearized=linearized, num_steps=num_steps
+    )
 
 
 def _pooled(split: Split) -> Gaussian:
@@ -166,7 +172,7 @@ def _learn_network(train: Tasks, settings: DemoSettings, model: Model = network,
 
 
 def _dual(train: Tasks, settings: DemoSettings) -> LearnedPrior:
-    return _learn_network(train, settings, model=weights, inference=laplace(num_steps=10))
+    return _learn_network(train, settings, model=weights, inference=laplace(num_steps=5))
 
 
 def _neural_linear(train: Tasks, settings: DemoSettings) -> LearnedPrior:
@@ -193,7 +199,7 @@ METHODS: dict[str, Callable[[Split, DemoSettings], Forecast]] = {
     "BMAML (hierarchical network)": partial(_learned, _bmaml),
     GROWTH: partial(_learned, _growth),
     "Laplace (growth curve)": partial(_learned, partial(_growth, inference=laplace(num_steps=1))),
-    "Laplace (network, dual GGN)": partial(_learned, _dual, linearized=True),
+    "Laplace (network, dual GGN)": partial(_learned, _dual, linearized=True, num_steps=50),
     "neural linear": partial(_learned, _neural_linear),
 }
 """Every row of the table, by name."""

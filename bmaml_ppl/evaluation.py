@@ -108,7 +108,14 @@ def forecast_gaussian(prediction: Gaussian, query: Tasks, output: str) -> Foreca
 
 
 def forecast_learned(
-    prior: LearnedPrior, support: Tasks, query: Tasks, output: str, scaling: Scaling, *, linearized: bool = False
+    prior: LearnedPrior,
+    support: Tasks,
+    query: Tasks,
+    output: str,
+    scaling: Scaling,
+    *,
+    linearized: bool = False,
+    num_steps: int | None = None,
 ) -> Forecast:
     """Adapts a learned prior to the support and predicts the query; the model observes the output at site `obs`.
 
@@ -119,8 +126,9 @@ def forecast_learned(
         output: The column that is predicted.
         scaling: The standardisation in whose units the forecast is.
         linearized: Whether the predictive is the linearised one of `laplace`.
+        num_steps: Adaptation steps; None takes the inference's own.
     """
-    posterior = prior.adapt(support)
+    posterior = prior.adapt(support, num_steps=num_steps)
     draws = posterior.predict(query, num_samples=NUM_DRAWS, linearized=linearized)["obs"]
     values = posterior.log_likelihood(query, num_samples=NUM_DRAWS, linearized=linearized)["obs"]
     log_density = scores.mixture_log_density(values)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["conjugate_gradients", "implicit_optimum"]
 
@@ -35,9 +36,9 @@ class _Implicit(torch.autograd.Function):
         return optimum.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        with torch.no_grad():
-            return None, ctx.solve(gradients[0]), None
+        return None, ctx.solve(gradients[0]), None
 
 
 def conjugate_gradients(multiply: Solve, target: Tensor, precondition: Solve, num_steps: int = 100) -> Tensor:

@@ -42,6 +42,7 @@ class History:
         grad_norm: Norm of the meta-gradient before clipping.
         tasks_per_second: Tasks adapted and differentiated a second.
         num_repaired: Tasks of the batch whose curvature had to be repaired to be positive definite.
+        num_unconverged: Tasks of the batch that stopped short of the optimum at which the gradient is taken.
         stopped: Why the loop ended early, or None.
     """
 
@@ -49,6 +50,7 @@ class History:
     grad_norm: list[float] = field(default_factory=list)
     tasks_per_second: list[float] = field(default_factory=list)
     num_repaired: list[int] = field(default_factory=list)
+    num_unconverged: list[int] = field(default_factory=list)
     stopped: str | None = None
 
 

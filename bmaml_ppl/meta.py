@@ -16,6 +16,7 @@ from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inferenc
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Compile, should_record
 from bmaml_ppl.density import Density, from_model
+from bmaml_ppl.diagnostics.curvature import NotConverged
 from bmaml_ppl.inference import ALGORITHMS, svgd
 from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.objectives import Objective, chaser, evidence, marginal_nll, query_nll
@@ -30,6 +31,8 @@ __all__ = ["MetaStep", "StoppedEarly", "meta_learn"]
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 _CHECKPOINT_EVERY = 100
+_LAST_STEPS = 50
+_MOST_UNCONVERGED = 0.1
 _STOPPED = (
     "meta-learning stopped: {}; the last prior with a finite loss and gradient is kept. If it diverged, standardise "
     'the data, or take shorter or adaptive inner steps (preconditioner="adaptive")'
@@ -111,6 +114,8 @@ def meta_learn(
             to another model.
 
     Warns:
+        NotConverged: If more than a tenth of the last adaptations stopped short of the optimum at which implicit
+            gradients are taken.
         StoppedEarly: If the loss or its gradient became non-finite, or the run was interrupted from the
             keyboard; the last good prior is returned.
     """
@@ -315,9 +320,11 @@ class _Loop:
                 return replace(self.learned, params=kept, history=self.history)
             kept, h = before, self.history
             rate = sum(h.tasks_per_second[-20:]) / len(h.tasks_per_second[-20:])
-            repaired = f", {h.num_repaired[-1]} repaired" if h.num_repaired[-1] else ""
-            shown = f"loss {h.loss[-1]:.3f}, gradient {h.grad_norm[-1]:.2g}, {rate:.0f} tasks/s{repaired}"
+            counts = {"repaired": h.num_repaired[-1], "not converged": h.num_unconverged[-1]}
+            notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
+            shown = f"loss {h.loss[-1]:.3f}, gradient {h.grad_norm[-1]:.2g}, {rate:.0f} tasks/s{notes}"
             bar.set_postfix_str(shown, False)
+        self._warn_of_unconverged()
         return replace(self.learned, params=self._snapshot(), history=self.history)
 
     def _step(self, step: int) -> str | None:
@@ -335,6 +342,7 @@ class _Loop:
         self.history.loss.append(loss.item())
         self.history.grad_norm.append(norm.item())
         self.history.num_repaired.append(found.num_repaired)
+        self.history.num_unconverged.append(found.num_unconverged)
         for name, value in self.params.items():
             value.grad = gradients[name]
         self.optimizer.step()
@@ -344,6 +352,19 @@ class _Loop:
         for callback in self.callbacks:
             callback(MetaStep(step, loss.item(), norm.item(), self._snapshot()))
         return None
+
+    def _warn_of_unconverged(self) -> None:
+        """Speaks up where gradients at optima were taken elsewhere, toward the end of the run."""
+        counts = self.history.num_unconverged[-_LAST_STEPS:]
+        tasks = len(counts) * self.schedule.batch_size
+        if sum(counts) > _MOST_UNCONVERGED * tasks:
+            warnings.warn(
+                f"in the last {len(counts)} meta-steps {sum(counts)} of {tasks} adaptations stopped short of the "
+                "optimum at which implicit gradients are taken; write more steps in the inference (num_steps=...), or "
+                'gradient="unrolled"',
+                NotConverged,
+                stacklevel=4,
+            )
 
     def _snapshot(self) -> dict[str, Tensor]:
         detached = {k: v.detach().clone() for k, v in self.params.items()}

@@ -48,11 +48,13 @@ class MetaGradient(NamedTuple):
         gradients: Of the loss, by meta-parameter.
         loss: The objective's mean over the tasks.
         num_repaired: Tasks whose curvature had to be repaired.
+        num_unconverged: Tasks that stopped short of the optimum at which the gradient is taken.
     """
 
     gradients: dict[str, Tensor]
     loss: Tensor
     num_repaired: int = 0
+    num_unconverged: int = 0
 
 
 def meta_gradient(
@@ -77,12 +79,15 @@ def meta_gradient(
         rollout = Rollout(adapter, constrain(leaves, known), *views)
         loss = objective(rollout).mean()
         if not loss.requires_grad:
+            implicit = adapter.inference.implicit
             raise ValueError(
-                f"{objective} depends on none of the meta-parameters {sorted(leaves)}; marginal_nll() learns what the "
-                "model declares with pyro.param, query_nll() and chaser() learn free particles too"
+                f"{objective} depends on none of the meta-parameters {sorted(leaves)}; marginal_nll() and evidence() "
+                "learn what the model declares with pyro.param, query_nll() and chaser() learn free particles too"
+                + (', through the steps: write gradient="unrolled"' if implicit else "")
             )
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
-    return MetaGradient(dict(zip(leaves, gradients, strict=True)), loss.detach(), rollout.num_repaired)
+    found = dict(zip(leaves, gradients, strict=True))
+    return MetaGradient(found, loss.detach(), rollout.num_repaired, rollout.num_unconverged)
 
 
 def clip(gradients: Tensors, limit: float) -> tuple[dict[str, Tensor], Tensor]:

@@ -206,8 +206,8 @@ class Posterior:
 
         Its density is that of `laplace`'s Gaussian, or mixture of Gaussians; for particles, a smooth mixture around
         them with their covariance (a point where there is only one), so that importance weights are proper. Data
-        passed to it must be in the model's units. Pair it with `posterior.model`, which holds the learned meta-parameters and networks where the user's own model
-        would read their initial values:
+        passed to it must be in the model's units. Pair it with `posterior.model`, which holds the learned
+        meta-parameters and networks where the user's own model would read their initial values:
         `Predictive(posterior.model, guide=posterior.as_guide(), num_samples=1000)(x=x)`.
 
         Raises:

@@ -56,7 +56,7 @@ class PrecisionNormal(dist.TorchDistribution):
         dim = self.loc.shape[-1]
         squared = self._map(mahalanobis, value - self.loc)
         log_two_pi = torch.log(squared.new_tensor(2 * torch.pi))
-        return 0.5 * (self._once(lambda one: one.log_det()) - squared - dim * log_two_pi)
+        return 0.5 * (self._once(lambda one: one.log_det()).to(squared) - squared - dim * log_two_pi)
 
     @property
     def mean(self) -> Tensor:

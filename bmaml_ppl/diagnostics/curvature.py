@@ -16,6 +16,9 @@ __all__ = ["NotConverged", "RepairedCurvature", "check_measured", "describe_curv
 _TOLERANCE = 1e-2
 """Nats below the optimum from which an adapted point is called not converged: a hundredth of a unit of evidence."""
 
+_NEGLIGIBLE = -9.0
+"""Log of the share of draws, about one in 10,000, below which a mode does not count."""
+
 _SHOWN = 3
 
 
@@ -38,18 +41,23 @@ def describe_curvature(state: Any, sites: Mapping[str, SiteLayout]) -> dict[str,
         `repair`, by how much the lowest curvature was raised relative to its scale, (T,); `decrement`, nats that the
         adapted point lies below the optimum of a quadratic with its score and curvature, (T,); `converged`, (T,);
         `repaired`, (T,); `flat_site`, the site with a flat direction or None; `log_evidence`, (T,). Of several modes
-        the worst counts.
+        the worst counts among those that draws come from.
     """
     if not hasattr(state, "repair"):
         return {}
-    repair, decrement = state.repair.detach().amax(1), state.decrement.detach().amax(1)
+    mass = vmap(log_mass)(state).detach()
+    counts = torch.log_softmax(mass, 1) > _NEGLIGIBLE
+    repair, decrement = (
+        torch.where(counts | ~value.isfinite(), value, 0.0).amax(1)
+        for value in (state.repair.detach(), state.decrement.detach())
+    )
     return {
         "repair": repair,
         "repaired": repair > 0,
         "decrement": decrement,
         "converged": decrement <= _TOLERANCE,
-        "flat_site": [_site_of(int(i), sites) for i in state.flat.amax(1).tolist()],
-        "log_evidence": torch.logsumexp(vmap(log_mass)(state), 1).detach(),
+        "flat_site": [_site_of(int(i), sites) for i in torch.where(counts, state.flat, -1).amax(1).tolist()],
+        "log_evidence": torch.logsumexp(mass, 1),
     }
 
 
@@ -76,8 +84,10 @@ def check_measured(state: Any, sites: Mapping[str, SiteLayout], names: Sequence[
     found = describe_curvature(state, sites)
     if not found:
         return
-    flat: Any = found["flat_site"]
-    if tasks := [(task, site) for task, site in zip(names, flat, strict=True) if site is not None]:
+    # Far from an optimum a direction may look flat and not be.
+    at_rest = found["converged"].tolist()  # type: ignore[union-attr]
+    flat = zip(names, found["flat_site"], at_rest, strict=True)
+    if tasks := [(task, site) for task, site, rests in flat if site is not None and (rests or not must_converge)]:
         task, site = tasks[0]
         raise ValueError(
             f"the log density of task {task!r} is flat along site {site!r} ({len(tasks)} of {len(names)} tasks): "
@@ -89,7 +99,7 @@ def check_measured(state: Any, sites: Mapping[str, SiteLayout], names: Sequence[
         listed = ", ".join(f"{names[i]!r} (by {repair[i]:.2g})" for i in worst[:_SHOWN])
         warnings.warn(
             f"the curvature of {len(worst)} of {len(names)} tasks was not positive definite and was raised: {listed}; "
-            "their posterior spread is a guess in some direction. More steps, several starts (num_particles=5) or "
+            "their posterior spread is a guess in some direction. Several starts (num_particles=5), more steps or "
             'curvature="fisher" may help',
             RepairedCurvature,
             stacklevel=3,
@@ -110,7 +120,7 @@ def _warn_of_unconverged(
     )
     warnings.warn(
         f"the optimiser of {len(short)} of {len(names)} tasks stopped short of the optimum: {listed}; write more steps "
-        "(num_steps=...)",
+        "(num_steps=...), or start them elsewhere (num_particles=5) where that does not help",
         NotConverged,
         stacklevel=4,
     )

@@ -71,7 +71,7 @@ class GrowthSettings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     fraction: float = 0.7
     svgd_steps: int = 100
-    laplace_steps: int = 200
+    laplace_steps: int = 300
     workers: int = 2
 
 

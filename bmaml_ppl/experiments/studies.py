@@ -1,8 +1,10 @@
 """The five data sets of the growth experiment, each with the Pyro model of one of its tasks.
 
-The structure of the models was chosen on the splits of seeds 100 to 104, which no reported split shares: by the
-evidence of the training tasks alone between polynomials (degrees 1 to 3), departures from them (none,
-Ornstein-Uhlenbeck, Matern and squared exponential, in kg or in log kg), and noise (constant, growing with time).
+The structure of the models was chosen on the splits of seeds 100 to 104, which are not reported (of the same data
+sets): between polynomials, departures from them (none, Ornstein-Uhlenbeck, integrated Brownian, Matern, squared
+exponential) and noise (constant, growing with time, Student's t), by the evidence of the training tasks. A variant a
+little better for one set only was passed over. The pharmacokinetic model is the published one; noise relative to the
+concentration had more evidence, but predicted the held-out subjects of split 100 worse.
 """
 
 from collections.abc import Callable
@@ -44,13 +46,14 @@ class Study(NamedTuple):
     standardize: bool = True
 
 
+_disturbed_parabola = smooth_growth(2, heavy_tails=True)
 _parabola, _line, _cubic = smooth_growth(2), smooth_growth(1), smooth_growth(3)
 _oral_dose = one_compartment()
 
 
 def _country(year: Tensor, life_expectancy: Tensor | None = None) -> None:
-    """A country's life expectancy: a parabola, and wars, famines and epidemics that last longer than five years."""
-    _parabola(year, life_expectancy)
+    """A country's life expectancy: a parabola, departures that last for decades, and wars, which do not."""
+    _disturbed_parabola(year, life_expectancy)
 
 
 def _chick(time: Tensor, weight: Tensor | None = None) -> None:

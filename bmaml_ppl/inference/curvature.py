@@ -30,6 +30,8 @@ __all__ = [
     "few_coordinates",
     "kronecker",
     "likelihood_rows",
+    "matrix_shapes",
+    "observed_blocks",
     "measure_curvature",
     "prior_hessian",
     "repair_dense",
@@ -43,6 +45,7 @@ Rows = Literal["ggn", "fisher", "empirical_fisher"]
 _DENSE_LIMIT = 128
 _SMALL_SITE = 32
 _LARGEST_VECTOR = 512
+_LARGEST_SCALE = 1e12
 
 
 class Measured(NamedTuple):
@@ -119,17 +122,22 @@ def likelihood_rows(log_density: TaskLogDensity, z: Tensor, kind: Rows) -> tuple
     return torch.cat(rows), torch.stack(raised).amax()
 
 
+def observed_blocks(site: Observations) -> Tensor:
+    """Hessian of each row's negative log-likelihood in the parameters of its family, (R, P, P)."""
+    score = grad(lambda eta: -site.log_prob(eta).sum())
+    # Rows do not mix, so that the slope of the sum over rows holds each row's block.
+    blocks = jacrev(lambda eta: score(eta).sum(0))(site.eta).transpose(0, 1)
+    return 0.5 * (blocks + blocks.mT)
+
+
 def _observed_root(site: Observations, active: Tensor) -> tuple[Tensor, Tensor]:
     """S with S S^T the Hessian of each row's negative log-likelihood in the parameters that vary with z, (R, P, P).
 
     A block with a negative eigenvalue is raised by its size, a multiple of I.
     """
-    score = grad(lambda eta: -site.log_prob(eta).sum())
-    # Rows do not mix, so that the slope of the sum over rows holds each row's block.
-    blocks = jacrev(lambda eta: score(eta).sum(0))(site.eta).transpose(0, 1)
-    varies = active.to(blocks)
-    blocks = 0.5 * (blocks + blocks.mT) * varies.unsqueeze(-1) * varies
-    size = blocks.detach().abs().amax((-2, -1)).clamp_min(torch.finfo(blocks.dtype).tiny)
+    varies = active.to(site.eta)
+    blocks = observed_blocks(site) * varies.unsqueeze(-1) * varies
+    size = blocks.detach().abs().amax((-2, -1)).clamp_min(torch.finfo(blocks.dtype).tiny ** 0.5)
     rest = size[:, None, None] * torch.diag(1 - varies)
     lowest = torch.linalg.eigvalsh(torch.nan_to_num(blocks.detach() + rest))[:, 0]
     # Twice, so that what is left of the lowest eigenvalue is its own size and not rounding error.
@@ -141,11 +149,11 @@ def _observed_root(site: Observations, active: Tensor) -> tuple[Tensor, Tensor]:
     return root * counts[:, None, None], (excess * counts).amax()
 
 
-def arrow_prior(log_density: TaskLogDensity, z: Tensor, few: Sequence[int]) -> Arrow:
+def arrow_prior(log_prior: LogDensity, z: Tensor, few: Sequence[int]) -> Arrow:
     """Negative Hessian of the log prior, with few coordinates that all others may depend on: O((s + 1) D)."""
     index = torch.tensor(few, dtype=torch.long, device=z.device)
     select = (torch.arange(len(z), device=z.device).unsqueeze(1) == index).to(z)
-    pull = vjp(grad(log_density.log_prior), z)[1]
+    pull = vjp(grad(log_prior), z)[1]
     many = 1 - select.sum(1)
     along = many * pull(-many)[0]
     if not len(few):
@@ -155,16 +163,20 @@ def arrow_prior(log_density: TaskLogDensity, z: Tensor, few: Sequence[int]) -> A
     return Arrow(along, select, columns.mT - select @ small.mT, small)
 
 
-def repair_dense(hessian: Tensor) -> Measured:
+def repair_dense(hessian: Tensor, eps: float | None = None) -> Measured:
     """Cholesky factor of a matrix, (D, D), whose eigenvalues at or below a floor are raised to their absolute value.
 
     Eigenvalues are those in coordinates of equal curvature; the floor, of rounding error's size, is the least that an
     eigenvalue becomes. What is added is a constant to gradients.
+
+    Args:
+        hessian: (D, D).
+        eps: Relative rounding error of its entries; None is that of its dtype.
     """
-    scale = equilibrate(hessian.detach())
+    scale = equilibrate(hessian.detach(), _LARGEST_SCALE)
     scaled = scale.unsqueeze(-1) * hessian.detach() * scale
     values, vectors = torch.linalg.eigh(torch.nan_to_num(0.5 * (scaled + scaled.mT)))
-    floor = max(1e-8, 10 * len(scale) * torch.finfo(hessian.dtype).eps)
+    floor = 10 * len(scale) * (torch.finfo(hessian.dtype).eps if eps is None else eps)
     raise_by = torch.where(values < floor, values.abs().clamp_min(floor) - values, 0.0)
     added = (vectors * raise_by) @ vectors.mT / scale.unsqueeze(-1) / scale
     factor = torch.linalg.cholesky_ex(0.5 * (hessian + hessian.mT) + added).L
@@ -175,18 +187,24 @@ def repair_dense(hessian: Tensor) -> Measured:
 
 
 def _raise_diagonal(entries: Tensor, scale: Tensor, among: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries raised to a floor relative to a scale, with what was added (relative), and a flat one or -1."""
-    floor = 1e-8 * scale + torch.finfo(entries.dtype).tiny
-    low = among & (entries.detach() < floor)
+    """Entries that are not positive raised, with what was added (relative to a scale), and a flat one or -1."""
+    tiny = torch.finfo(entries.dtype).tiny
+    low = among & (entries.detach() <= tiny)
+    floor = torch.finfo(entries.dtype).eps * scale + tiny
     raised = torch.where(low, entries.detach().abs().maximum(floor), entries)
-    added = torch.where(low, (raised - entries).detach(), 0.0).amax() / scale.clamp_min(floor)
+    added = torch.where(low, (raised - entries).detach(), 0.0).amax() / scale.clamp_min(tiny)
     size = torch.where(among, entries.detach().abs(), torch.inf)
-    flat = torch.where((size < floor).any(), size.argmin(), -1)
+    flat = torch.where((size <= tiny).any(), size.argmin(), -1)
     return raised, added, flat
 
 
 def dual(prior: Arrow, rows: Tensor) -> Measured:
-    """The prior's curvature plus J^T J in its dual form: O(R^2 D) time and O(R D) memory for R rows."""
+    """The prior's curvature plus J^T J in its dual form: O(R^2 D) time and O(R D) memory for R rows.
+
+    In double precision throughout: the R x R matrix has the condition of the largest prediction over the noise.
+    """
+    eps = torch.finfo(rows.dtype).eps
+    prior, rows = Arrow(*(part.double() for part in prior)), rows.double()
     many = prior.select.sum(1) == 0
     rows_small = rows @ prior.select
     rows_large = rows - rows_small @ prior.select.mT
@@ -197,7 +215,7 @@ def dual(prior: Arrow, rows: Tensor) -> Measured:
         return Measured(base, added, flat)
     couple = prior.couple + rows_large.mT @ rows_small
     solved = base.solve_large(couple)
-    schur = repair_dense(prior.small + rows_small.mT @ rows_small - couple.mT @ solved)
+    schur = repair_dense(prior.small + rows_small.mT @ rows_small - couple.mT @ solved, eps)
     small_flat = prior.select.argmax(0)[schur.flat.clamp_min(0)]
     flat = torch.where(flat >= 0, flat, torch.where(schur.flat >= 0, small_flat, -1))
     precision = base._replace(select=prior.select, couple=solved, schur=schur.precision.factor)
@@ -292,7 +310,7 @@ def measure_curvature(
     if curvature in ("ggn", "fisher", "empirical_fisher") and form == "dense":
         measured = repair_dense(prior_hessian(log_density, z) + rows.mT @ rows)  # type: ignore[arg-type]
     else:
-        prior = arrow_prior(log_density, z, few)  # type: ignore[arg-type]
+        prior = arrow_prior(log_density.log_prior, z, few)  # type: ignore[attr-defined]
         if curvature == "diagonal":
             measured = diagonal(prior, rows)
         elif curvature == "kronecker":

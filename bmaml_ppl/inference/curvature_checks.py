@@ -12,6 +12,7 @@ from bmaml_ppl.inference.curvature import (
     Form,
     arrow_prior,
     few_coordinates,
+    observed_blocks,
     resolve_curvature,
 )
 from bmaml_ppl.types import LogDensity, SiteLayout, TaskLogDensity
@@ -41,17 +42,47 @@ def check_curvature(
     """
     few = few_coordinates(sites)
     curvature, form = resolve_curvature(log_density, len(z), curvature, form, len(few))
-    if curvature == "exact" or not hasattr(log_density, "observations"):
+    if not hasattr(log_density, "observations"):
         return
     structured: Any = log_density
+    if curvature in ("exact", "ggn"):
+        _check_second_derivative(structured, z, curvature)
+    if curvature == "exact":
+        return
     if curvature in ("fisher", "diagonal", "kronecker"):
         _check_information(structured, z)
     if curvature in ("diagonal", "kronecker") or form == "dual":
         _check_independence(structured, z, few, sites, curvature)
 
 
+def _check_second_derivative(log_density: TaskLogDensity, z: Tensor, curvature: Curvature) -> None:
+    try:
+        sites, slopes = log_density.observations(z), _slopes(log_density, z)
+    except ValueError:  # a family that does not show its parameters has an exact Hessian all the same
+        if curvature == "exact":
+            return
+        raise
+    for name, site in sites.items():
+        rows = site.weight > 0
+        varies = (slopes[name] != 0).any(-1)[rows].any(0)
+        moves = grad(lambda eta: site.log_prob(eta).sum())(site.eta)[rows][:, varies]  # noqa: B023
+        if bool((moves != 0).any()) and not bool(observed_blocks(site)[rows][:, varies][:, :, varies].any()):
+            raise ValueError(
+                f"the log-likelihood of observed site {name!r} has no second derivative in its parameters, so that "
+                f'curvature={curvature!r} would leave its data out; write curvature="fisher"'
+            )
+
+
+def _slopes(log_density: TaskLogDensity, z: Tensor) -> dict[str, Tensor]:
+    """How each parameter of each row varies with z: observed site -> (R, P, D)."""
+    found: dict[str, Tensor] = jacrev(
+        lambda at: {name: site.eta for name, site in log_density.observations(at).items()}
+    )(z)
+    return found
+
+
 def _check_information(log_density: TaskLogDensity, z: Tensor) -> None:
-    slopes = jacrev(lambda at: {name: site.eta for name, site in log_density.observations(at).items()})(z)
+    slopes = _slopes(log_density, z)
     for name, site in log_density.observations(z).items():
         site.information_root(site.eta)
         varies = (slopes[name] != 0).any(-1)[site.weight > 0].any(0).tolist()
@@ -70,7 +101,7 @@ def _check_independence(
     sites: Mapping[str, SiteLayout] | None,
     curvature: Curvature,
 ) -> None:
-    along = arrow_prior(log_density, z, few).diagonal
+    along = arrow_prior(log_density.log_prior, z, few).diagonal
     pull = vjp(grad(log_density.log_prior), z)[1]
     many = torch.ones_like(z)
     many[few] = 0

@@ -72,22 +72,24 @@ def curvature_factor(negative_hessian: Tensor, floor: float = 1e-3) -> Tensor:
     return torch.linalg.cholesky_ex(scaled + shift[..., None, None] * eye).L / scale.unsqueeze(-1)
 
 
-def equilibrate(matrix: Tensor, num_sweeps: int = 4) -> Tensor:
+def equilibrate(matrix: Tensor, largest: float = 1e4, num_sweeps: int = 4) -> Tensor:
     """Scales s, (..., D), with which the largest entry of each row of s_i |A_ij| s_j is about 1.
 
-    They differ by at most a factor of 10^4 from the one of the largest row, so that flat rows stay bounded.
+    They differ by at most a factor `largest` from the one of the largest row, so that flat rows stay bounded.
     """
     size = matrix.abs()
     smallest = size.amax((-2, -1)).clamp_min(1e-12).rsqrt().unsqueeze(-1)
     scale = smallest.expand(matrix.shape[:-1])
     for _ in range(num_sweeps):
         rows = (scale.unsqueeze(-1) * size * scale.unsqueeze(-2)).amax(-1)
-        scale = torch.minimum(scale * rows.clamp_min(1e-8).rsqrt(), 1e4 * smallest)
+        scale = torch.minimum(scale * rows.clamp_min(1e-8).rsqrt(), largest * smallest)
     return scale
 
 
-def safe_fraction(log_density: LogDensity, particles: Tensor, move: Tensor, slack: float) -> Tensor:
-    """How much of a move each particle may take: the largest of 1, 1/4, 1/16, 1/64, 0 that loses at most `slack` nats.
+def safe_fraction(
+    log_density: LogDensity, particles: Tensor, move: Tensor, slack: float, num_fractions: int = 4
+) -> Tensor:
+    """How much of a move each particle may take: the largest of 1, 1/4, 1/16, ..., 0 that loses at most `slack` nats.
 
     Newton's step is exact for a quadratic and can be absurdly long where the log density is not one.
 
@@ -97,13 +99,14 @@ def safe_fraction(log_density: LogDensity, particles: Tensor, move: Tensor, slac
         move: (M, D).
         slack: Nats; a particle stays where it is in this step if every other fraction loses more, or leads to
             a log density that is not finite.
+        num_fractions: How many before 0. A particle that takes none stays for ever where steps are deterministic.
 
     Returns:
         Fractions without gradient, (M, 1).
     """
     exact = log_density.exact if isinstance(log_density, FirstOrder) else log_density
-    fractions = 0.25 ** torch.arange(5, dtype=move.dtype, device=move.device)
-    fractions = torch.where(torch.arange(5, device=move.device) < 4, fractions, 0.0)
+    powers = torch.arange(num_fractions + 1, device=move.device)
+    fractions = torch.where(powers < num_fractions, 0.25 ** powers.to(move), 0.0)
     values = vmap(vmap(exact))((particles + fractions[:, None, None] * move).detach())
     fine = values.isfinite() & (values >= values[-1] - slack)
     fine = torch.cat([fine[:-1], torch.ones_like(fine[-1:])])

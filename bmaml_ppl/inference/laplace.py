@@ -23,7 +23,6 @@ __all__ = ["LaplaceState", "laplace", "log_mass", "log_prob", "measure", "prepar
 
 _GAUSS_NEWTON_FROM = 64
 _SAME_MODE = 1e-2
-_FLOOR = 1e-6
 
 
 class LaplaceState(NamedTuple):
@@ -117,7 +116,13 @@ def laplace(
     _check(curvature, form)
     point.check_gradient(gradient, learn_step_size)
     rule = StepRule(
-        step_size, learn_step_size, preconditioner, sites, limit=_GAUSS_NEWTON_FROM, large="gauss_newton", floor=_FLOOR
+        step_size,
+        learn_step_size,
+        preconditioner,
+        sites,
+        limit=_GAUSS_NEWTON_FROM,
+        large="gauss_newton",
+        exact=gradient == "implicit",
     )
     return Inference(
         init=rule.init,
@@ -129,7 +134,7 @@ def laplace(
         num_particles=num_particles,
         num_steps=num_steps,
         start=init,
-        prepare=prepare if num_particles == 1 else None,
+        prepare=partial(prepare, sites=sites) if num_particles == 1 else None,
         measure=partial(measure, curvature=curvature, form=form, sites=sites),
         log_prob=log_prob,
         check=partial(check_curvature, curvature=curvature, form=form, sites=sites),
@@ -148,12 +153,12 @@ def _check(curvature: str, form: str) -> None:
         raise ValueError(f'form="dual" keeps "ggn", "fisher" or "empirical_fisher", not curvature={curvature!r}')
 
 
-def prepare(state: ParticleState, log_density: LogDensity) -> ParticleState:
+def prepare(state: ParticleState, log_density: LogDensity, *, sites: Mapping[str, SiteLayout] | None) -> ParticleState:
     """Moves draws from the prior to its mean; exact for a normal prior."""
     exact = exact_density(log_density)
     if not hasattr(exact, "log_prior"):
         return state
-    mean, _ = prior_moments(exact.log_prior, state.particles)
+    mean, _ = prior_moments(exact.log_prior, state.particles, sites)
     return state._replace(particles=mean.expand(state.particles.shape))
 
 
@@ -179,7 +184,7 @@ def measure(
         measured = measure_curvature(exact, z, curvature, form, sites)
         score, value = grad_and_value(exact)(z)
         gain = (score * measured.precision.solve(score)).detach()
-        evidence = value + 0.5 * (len(z) * log(2 * pi) - measured.precision.log_det())
+        evidence = value + 0.5 * (len(z) * log(2 * pi) - measured.precision.log_det()).to(z)
         flat = measured.flat.to(torch.int64)
         return measured.precision, evidence, measured.repair, flat, 0.5 * gain.sum(), gain.argmax()
 
@@ -203,7 +208,7 @@ def sample(state: Any, num_samples: int, generator: torch.Generator | None) -> T
 
 def log_prob(state: LaplaceState, z: Tensor) -> Tensor:
     """Log density of the approximation at one point: (D,) -> scalar."""
-    of_modes = vmap(lambda one, mode: 0.5 * (one.log_det() - mahalanobis(one, z - mode)))
+    of_modes = vmap(lambda one, mode: 0.5 * (one.log_det().to(z) - mahalanobis(one, z - mode)))
     weighted = torch.log_softmax(log_mass(state), 0) + of_modes(state.precision, state.particles)
     return torch.logsumexp(weighted, 0) - 0.5 * len(z) * log(2 * pi)
 

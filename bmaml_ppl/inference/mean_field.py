@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from functools import partial
 from math import log, pi
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.inference.derivatives import curvature_factor, hessians, safe_fraction, scores
+from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, hessians, safe_fraction, scores
 from bmaml_ppl.inference.particles import LearnedStepSize, ParticleState, Preconditioner, StepRule, advance
 from bmaml_ppl.inference.prior_moments import exact_density, prior_moments
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start, Tensors
@@ -54,6 +54,7 @@ def mean_field(
     learn_step_size: LearnedStepSize = "none",
     preconditioner: Preconditioner | Literal["natural"] = "auto",
     noise: Literal["auto", "common", "fresh"] = "auto",
+    kl_weight: float = 1.0,
     initial_scale: float = 0.1,
     init: Start = "auto",
     sites: Mapping[str, SiteLayout] | None = None,
@@ -72,11 +73,14 @@ def mean_field(
         step_size: alpha, of m and of log s; None takes the preconditioner's default, 0.05 for "natural".
         learn_step_size: Whether the step size is meta-learned, and how finely (Meta-SGD: "parameter").
         preconditioner: "none" is plain gradient ascent (ABML), which a prior of standard deviation s needs to be
-            shorter than 2 s^2; "natural" takes m in units of s, so that it does not; "adaptive" scales by a decayed
-            second moment; "curvature" takes Newton's step in m and moves s^-2 towards the mean curvature (variational
-            Newton); "auto" is "curvature" up to 32 latents, then "adaptive".
+            shorter than 2 s^2; "natural" takes m in units of s, so that it does not, shortens steps that would lose
+            expected log density, and moves log s by alpha at most; "adaptive" scales by a decayed second moment;
+            "curvature" takes Newton's step in m and moves s^-2 towards the mean curvature (variational Newton);
+            "auto" is "curvature" up to 32 latents, then "adaptive".
         noise: "common" draws stay during adaptation, "fresh" ones come with every step; "auto" is "common" where
             they can be uncorrelated.
+        kl_weight: w of the KL divergence from the prior; below 1 the likelihood counts 1 / w times (a cold posterior),
+            as with `elbo(kl_weight=w)`.
         initial_scale: Where s starts under a free start, in unconstrained units.
         init: "prior" starts at the model's own prior, q = p(z | theta) (ABML; exact where that is a diagonal normal);
             "free" at a learned mean, the first particle, and a learned `start_log_scale`; "auto" is "prior" where the
@@ -95,19 +99,20 @@ def mean_field(
         "learn_step_size": learn_step_size,
         "preconditioner": preconditioner,
         "noise": noise,
+        "kl_weight": kl_weight,
         "initial_scale": initial_scale,
         "init": init,
     }
     check_count("num_particles", num_particles, least=1)
     check_count("num_steps", num_steps, least=0)
-    _check(noise, initial_scale, preconditioner)
+    _check(noise, preconditioner, initial_scale=initial_scale, kl_weight=kl_weight)
     natural = preconditioner == "natural"
     if natural and step_size is None:
         step_size = _NATURAL
     rule = StepRule(step_size, learn_step_size, "none" if preconditioner == "natural" else preconditioner, sites)
     return Inference(
         init=partial(begin, rule=rule, initial_scale=initial_scale),
-        update=partial(update, rule=rule, noise=noise, natural=natural),
+        update=partial(update, rule=rule, noise=noise, natural=natural, kl_weight=kl_weight),
         sample=sample,
         parameters=partial(parameters, rule=rule, initial_scale=initial_scale, start=init),
         name="mean_field",
@@ -115,16 +120,17 @@ def mean_field(
         num_particles=num_particles,
         num_steps=num_steps,
         start=init,
-        prepare=prepare,
+        prepare=partial(prepare, sites=sites),
         log_prob=log_prob,
     )
 
 
-def _check(noise: str, initial_scale: float, preconditioner: str) -> None:
+def _check(noise: str, preconditioner: str, **positive: float) -> None:
     if noise not in ("auto", "common", "fresh"):
         raise ValueError(f'noise={noise!r} is not known; choose "auto", "common" or "fresh"')
-    if not initial_scale > 0:
-        raise ValueError(f"initial_scale={initial_scale!r} is a standard deviation; give a positive number")
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be positive")
     if preconditioner == "gauss_newton":
         raise ValueError(
             'mean_field(preconditioner="gauss_newton") has no diagonal form; write "curvature" or "adaptive", or use '
@@ -149,12 +155,14 @@ def begin(prior: Tensors, *, rule: StepRule, initial_scale: float) -> MeanFieldS
     return MeanFieldState(loc, log_scale, noise, start.step_size, moments, start.num_updates)
 
 
-def prepare(state: MeanFieldState, log_density: LogDensity) -> MeanFieldState:
+def prepare(
+    state: MeanFieldState, log_density: LogDensity, *, sites: Mapping[str, SiteLayout] | None
+) -> MeanFieldState:
     """Moves q to the model's own prior, which `state.loc` is a draw from."""
     exact = exact_density(log_density)
     if not hasattr(exact, "log_prior"):
         return state
-    loc, scale = prior_moments(exact.log_prior, state.loc.unsqueeze(0))
+    loc, scale = prior_moments(exact.log_prior, state.loc.unsqueeze(0), sites)
     return state._replace(loc=loc, log_scale=scale.log())
 
 
@@ -165,28 +173,48 @@ def update(
     rule: StepRule,
     noise: Literal["auto", "common", "fresh"],
     natural: bool,
+    kl_weight: float,
 ) -> MeanFieldState:
     """One step of q; see `mean_field`."""
+    log_density = _temper(log_density, kl_weight)
     score = scores(log_density, state.particles)
     if rule.kind(len(state.loc)) == "curvature":
         moved = _step_newton(state, log_density, score)
     else:
-        moved = _step_gradient(state, score, rule, natural)
+        moved = _step_gradient(state, log_density, score, rule, natural)
     num, dim = state.noise.shape
     if noise == "fresh" or (noise == "auto" and dim > _rank(num)):
         moved = moved._replace(noise=_draw_noise(state.noise))
     return moved
 
 
-def _step_gradient(state: MeanFieldState, score: Tensor, rule: StepRule, natural: bool) -> MeanFieldState:
+def _temper(log_density: LogDensity, kl_weight: float) -> LogDensity:
+    """The log density with its likelihood counted 1 / w times."""
+    exact: Any = exact_density(log_density)
+    if kl_weight == 1 or not hasattr(exact, "log_likelihood"):
+        return log_density
+
+    def tempered(z: Tensor) -> Tensor:
+        cold: Tensor = exact.log_prior(z) + exact.log_likelihood(z) / kl_weight
+        return cold
+
+    return FirstOrder(tempered) if isinstance(log_density, FirstOrder) else tempered
+
+
+def _step_gradient(
+    state: MeanFieldState, log_density: LogDensity, score: Tensor, rule: StepRule, natural: bool
+) -> MeanFieldState:
     """A step along the gradient of the ELBO in loc and log_scale, or that divided by their Fisher information."""
     scale = state.log_scale.exp()
-    direction = torch.stack([score.mean(0), (score * state.noise).mean(0) * scale + 1])
+    in_loc, in_scale = score.mean(0), (score * state.noise).mean(0) * scale + 1
     if natural:
-        direction = direction * torch.stack([scale.square(), torch.full_like(scale, 0.5)])
+        in_loc = in_loc * scale.square()
+        in_loc = in_loc * _find_fraction(state, log_density, state.step_size * in_loc)
+        # Bounded: a noisy gradient of many weights' log scales would else multiply a scale by ten in one step.
+        in_scale = torch.tanh(0.5 * in_scale)
     rows = torch.stack([state.loc, state.log_scale])
     point = ParticleState(rows, state.step_size, state.second_moment, state.num_updates)
-    point = advance(rule, point, direction)
+    point = advance(rule, point, torch.stack([in_loc, in_scale]))
     loc, log_scale = point.particles
     return state._replace(
         loc=loc, log_scale=log_scale, second_moment=point.second_moment, num_updates=point.num_updates
@@ -195,19 +223,25 @@ def _step_gradient(state: MeanFieldState, score: Tensor, rule: StepRule, natural
 
 def _step_newton(state: MeanFieldState, log_density: LogDensity, score: Tensor) -> MeanFieldState:
     """Newton's step in loc with the mean curvature, towards which the precision moves as well."""
-    exact, spread = exact_density(log_density), (state.particles - state.loc).detach()
     factor = curvature_factor(-hessians(log_density, state.particles).mean(0))
     move = state.step_size * torch.cholesky_solve(score.mean(0).unsqueeze(-1), factor).squeeze(-1)
+    share = state.step_size.clamp_max(1.0)
+    precision = (1 - share) * (-2 * state.log_scale).exp() + share * factor.square().sum(-1)
+    return state._replace(
+        loc=state.loc + _find_fraction(state, log_density, move) * move,
+        log_scale=-0.5 * precision.log(),
+        num_updates=state.num_updates + 1,
+    )
+
+
+def _find_fraction(state: MeanFieldState, log_density: LogDensity, move: Tensor) -> Tensor:
+    """How much of a move of loc, (D,), the expected log density under q allows, (1,)."""
+    exact, spread = exact_density(log_density), (state.particles - state.loc).detach()
 
     def expected(loc: Tensor) -> Tensor:
         return vmap(exact)(loc + spread).mean(0)
 
-    fraction = safe_fraction(expected, state.loc.unsqueeze(0), move.unsqueeze(0), _SLACK).squeeze(0)
-    share = state.step_size.clamp_max(1.0)
-    precision = (1 - share) * (-2 * state.log_scale).exp() + share * factor.square().sum(-1)
-    return state._replace(
-        loc=state.loc + fraction * move, log_scale=-0.5 * precision.log(), num_updates=state.num_updates + 1
-    )
+    return safe_fraction(expected, state.loc.unsqueeze(0), move.unsqueeze(0), _SLACK).squeeze(0)
 
 
 def _rank(num: int) -> int:
@@ -226,7 +260,8 @@ def _draw_noise(like: Tensor) -> Tensor:
     if dim <= _rank(num):
         raw = torch.linalg.qr(raw).Q * rows**0.5
     else:
-        raw = raw * raw.square().mean(0).rsqrt()
+        size = raw.square().mean(0).sqrt()
+        raw = torch.where(size > 0, raw / size, 1.0)  # a draw of exactly zero comes once in millions
     return torch.cat([raw, -raw]) if num % 2 == 0 else raw
 
 

@@ -61,8 +61,8 @@ class StepRule:
             than one.
         limit: Most latent coordinates for which "auto" takes "curvature".
         large: What "auto" takes above.
-        floor: Smallest eigenvalue of a Hessian under "curvature", relative to each coordinate's curvature. Smaller
-            ones slow the step down: its price for never being unbounded.
+        exact: Whether Newton's steps take each negative eigenvalue as its absolute value and leave small ones as they
+            are, which ends at the optimum sooner and through which no gradient can pass; else the Hessian is shifted.
     """
 
     step_size: float | None
@@ -72,7 +72,7 @@ class StepRule:
     newton: float = 1.0
     limit: int = _CURVATURE_LIMIT
     large: Preconditioner = "adaptive"
-    floor: float = 1e-3
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name, got, allowed in (

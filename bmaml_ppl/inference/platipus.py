@@ -102,7 +102,7 @@ def platipus(
         num_particles=num_particles,
         num_steps=num_steps,
         start="prior",
-        prepare=prepare,
+        prepare=partial(prepare, sites=sites),
     )
 
 
@@ -134,12 +134,12 @@ def begin(prior: Tensors, *, rule: StepRule) -> PlatipusState:
     return PlatipusState(*start, prior["log_gamma_p"].exp(), zero[0], zero[0] + 1, start.particles)
 
 
-def prepare(state: PlatipusState, log_density: LogDensity) -> PlatipusState:
+def prepare(state: PlatipusState, log_density: LogDensity, *, sites: Mapping[str, SiteLayout] | None) -> PlatipusState:
     """Moves the draws from N(mu, sigma^2) by gamma times the score of the likelihood at mu."""
     exact = exact_density(log_density)
     if not hasattr(exact, "log_prior"):
         return state
-    mean, scale = prior_moments(exact.log_prior, state.particles)
+    mean, scale = prior_moments(exact.log_prior, state.particles, sites)
     noise = ((state.particles - mean) / scale).detach()
     center = mean + state.rate * grad(_likelihood(log_density))(mean)
     return state._replace(particles=center + scale * noise, center=center, scale=scale, noise=noise)

@@ -10,7 +10,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.inference.curvature import measure_curvature
+from bmaml_ppl.inference.curvature import measure_curvature, repair_dense
 from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, hessians, safe_fraction, scores
 from bmaml_ppl.inference.particles import (
     LearnedStepSize,
@@ -25,6 +25,7 @@ from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
 __all__ = ["check_gradient", "map_estimate", "update"]
 
 _SLACK = 0.01
+_NUM_FRACTIONS = 8
 
 
 def map_estimate(
@@ -73,7 +74,7 @@ def map_estimate(
     check_count("num_particles", num_particles, least=1)
     check_count("num_steps", num_steps, least=0)
     check_gradient(gradient, learn_step_size)
-    rule = StepRule(step_size, learn_step_size, preconditioner, sites)
+    rule = StepRule(step_size, learn_step_size, preconditioner, sites, exact=gradient == "implicit")
     return Inference(
         init=rule.init,
         update=partial(update, rule=rule),
@@ -120,10 +121,13 @@ def update(state: ParticleState, log_density: LogDensity, *, rule: StepRule) -> 
     direction = scores(log_density, state.particles)
     kind = rule.kind(direction.shape[1])
     if kind == "curvature":
-        factor = curvature_factor(-hessians(log_density, state.particles), rule.floor)
+        curved = -hessians(log_density, state.particles)
+        factor = vmap(repair_dense)(curved).precision.factor if rule.exact else curvature_factor(curved)
         direction = torch.cholesky_solve(direction.unsqueeze(-1), factor).squeeze(-1)
     elif kind == "gauss_newton":
         direction = _solve_fisher(log_density, state.particles, direction, rule.sites)
     if kind in ("curvature", "gauss_newton"):
-        direction = direction * safe_fraction(log_density, state.particles, state.step_size * direction, _SLACK)
+        move = state.step_size * direction
+        fraction = safe_fraction(log_density, state.particles, move, _SLACK, _NUM_FRACTIONS)
+        direction = torch.where(fraction > 0, direction * fraction, 0.0)
     return advance(rule, state, direction)

@@ -105,7 +105,8 @@ class Dual(NamedTuple):
 
     on many coordinates w and s few u. G is solved by the Woodbury identity, its determinant is that of R x R by the
     determinant lemma, and u is left to its s x s Schur complement S = A - K^T G^-1 K: O(R^2 D + R s D) time and
-    O((R + s) D) memory. All tensors have D coordinates, with zeros (ones in c) at those that are not theirs.
+    O((R + s) D) memory. It may be kept in higher precision than the vectors that it multiplies. All tensors have D
+    coordinates, with zeros (ones in c) at those that are not theirs.
 
     Attributes:
         diagonal: c, (D,); 1 at u.
@@ -153,18 +154,20 @@ class Dual(NamedTuple):
 
     def multiply(self, v: Tensor) -> Tensor:
         """H v, (D,)."""
+        given, v = v, v.to(self.rows)
         u, w = self.select.mT @ v, self._others(v)
         # In terms of what is kept: K = G (G^-1 K), A = S + K^T G^-1 K.
         lifted = w + self.couple @ u
         large = self.diagonal * lifted + self.rows.mT @ (self.rows @ lifted)
         small = self.schur @ (self.schur.mT @ u) + self.couple.mT @ large
-        return large + self.select @ small
+        return (large + self.select @ small).to(given)
 
     def solve(self, v: Tensor) -> Tensor:
         """H^-1 v, (D,)."""
+        given, v = v, v.to(self.rows)
         base = self.solve_large(self._others(v))
         u = self._solve_small(self.select.mT @ v - self.couple.mT @ self._others(v))
-        return base + self.select @ u - self.couple @ u
+        return (base + self.select @ u - self.couple @ u).to(given)
 
     def _solve_small(self, v: Tensor) -> Tensor:
         return torch.cholesky_solve(v.unsqueeze(-1), self.schur).squeeze(-1) if len(v) else v
@@ -172,6 +175,7 @@ class Dual(NamedTuple):
     def colour(self, noise: Tensor) -> Tensor:
         """A draw from N(0, H^-1), (D,), from standard normal noise."""
         dim = self.rows.shape[-1]
+        given, noise = noise, noise.to(self.rows)
         first, second = noise[:dim], noise[dim:]
         # Matheron's rule: a draw from the diagonal Gaussian, corrected by its own error at the rows.
         free = self._others(first) * self.diagonal.rsqrt()
@@ -179,7 +183,7 @@ class Dual(NamedTuple):
         w = free - (self.rows.mT @ inner) / self.diagonal
         small = (self.select.mT @ first).unsqueeze(-1)
         u = torch.linalg.solve_triangular(self.schur.mT, small, upper=True).squeeze(-1) if len(small) else small[:, 0]
-        return w + self.select @ u - self.couple @ u
+        return (w + self.select @ u - self.couple @ u).to(given)
 
     def log_det(self) -> Tensor:
         """Log determinant of H, a scalar."""

@@ -1,6 +1,7 @@
 """What Laplace's method says of itself: by task and site."""
 
 import warnings
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from bmaml_ppl.diagnostics.curvature import NotConverged, RepairedCurvature
 from bmaml_ppl.inference import laplace, svgd
 from bmaml_ppl.learned import LearnedPrior
-from bmaml_ppl.meta import meta_learn
+from bmaml_ppl.meta import StoppedEarly, meta_learn
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference, Model
 from tests.toys import line, line_tasks
@@ -85,6 +86,34 @@ def test_optimiser_that_stops_short_names_task_and_site() -> None:
         assert prior.adapt(TASKS).diagnostics()["converged"].all()
 
 
+def test_short_optimisers_are_counted_in_training_and_told_once() -> None:
+    with pytest.warns(NotConverged, match=r"in the last 2 meta-steps 6 of 6 adaptations stopped short") as told:
+        prior = meta_learn(
+            slow, TASKS, num_support=1, inference=laplace(num_steps=1), num_steps=2, batch_size=3, progress=False
+        )
+    assert len(told) == 1
+    assert prior.history.num_unconverged == [3, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior = meta_learn(slow, TASKS, num_support=1, inference=laplace(), num_steps=2, batch_size=3, progress=False)
+    assert prior.history.num_unconverged == [0, 0]
+
+
+def laplacian(x: Tensor, y: Tensor | None = None) -> None:
+    """Its log-likelihood is linear on each side of the datum."""
+    mean = pyro.param("mean", torch.tensor(0.5))
+    a = pyro.sample("a", dist.Normal(mean, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Laplace(a, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("curvature", ["exact", "ggn"])
+def test_likelihood_without_a_second_derivative_is_named(curvature: Any) -> None:
+    with pytest.raises(ValueError, match=r"observed site 'obs' has no second derivative.*write curvature=\"fisher\""):
+        learn(laplacian, laplace(curvature=curvature))
+    learn(laplacian, laplace(curvature="fisher"))
+
+
 def test_unrolled_steps_need_not_converge() -> None:
     prior = learn(slow, laplace(init="prior", gradient="unrolled"))
     with warnings.catch_warnings():
@@ -96,3 +125,18 @@ def test_particles_report_nothing() -> None:
     tasks = line_tasks(2, 6)
     prior = meta_learn(line, tasks, num_support=3, inference=svgd(num_particles=3), num_steps=0, progress=False)
     assert prior.adapt(tasks).diagnostics() == {}
+
+
+def test_a_singular_hessian_stops_the_outer_loop_at_the_last_good_prior() -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        mean = pyro.param("mean", torch.tensor(0.5))
+        a = pyro.sample("a", dist.Normal(mean, 1.0))
+        pyro.sample("lost", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(a, 1.0), obs=y)
+
+    with pytest.warns(StoppedEarly, match="gradient norm nan"):
+        prior = meta_learn(
+            model, TASKS, num_support=1, inference=laplace(init="free"), num_steps=2, compile=False, progress=False
+        )
+    assert prior.params["mean"].item() == pytest.approx(0.5)

@@ -258,7 +258,7 @@ def test_diagonal_is_the_fishers() -> None:
 
 def test_arrow_holds_the_whole_prior() -> None:
     task, z = _network("latent")
-    prior = arrow_prior(task, z, [0, 1])
+    prior = arrow_prior(task.log_prior, z, [0, 1])
     matrix = torch.diag(prior.diagonal) + prior.couple @ prior.select.mT + prior.select @ prior.couple.mT
     torch.testing.assert_close(matrix + prior.select @ prior.small @ prior.select.mT, prior_hessian(task, z))
 
@@ -282,7 +282,7 @@ def test_kronecker_is_exact_for_one_observation_of_a_linear_layer() -> None:
     task, z = _layer(3, 1)
     rows, _ = likelihood_rows(task, z, "fisher")
     # Damping by a prior would add cross terms: almost none is left of it.
-    nothing = Arrow(torch.full((15,), 1e-24, dtype=F64), *arrow_prior(task, z, [])[1:])
+    nothing = Arrow(torch.full((15,), 1e-24, dtype=F64), *arrow_prior(task.log_prior, z, [])[1:])
     measured = kronecker(nothing, rows, [(3, 4), (3, 1)])
     whole = rows.mT @ rows
     wanted = torch.block_diag(whole[:12, :12], whole[12:, 12:])

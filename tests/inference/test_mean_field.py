@@ -11,7 +11,6 @@ from bmaml_ppl.adaptation import Adapter
 from bmaml_ppl.inference import ALGORITHMS, mean_field
 from bmaml_ppl.inference.derivatives import FirstOrder
 from bmaml_ppl.inference.mean_field import MeanFieldState, entropy, log_prob, sample
-from bmaml_ppl.inference.prior_moments import prior_moments
 from bmaml_ppl.types import Inference, LogDensity
 from tests.toys import bind, finite_differences, level, level_tasks, line_tasks, straight, views_of
 
@@ -81,6 +80,15 @@ def test_noise_has_the_promised_moments(num_particles: int) -> None:
         torch.testing.assert_close(second, torch.eye(dim, dtype=F64))
 
 
+def test_a_draw_of_zero_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw_zeros(*shape: int, **options: Any) -> Tensor:
+        return torch.zeros(*shape, **options)
+
+    monkeypatch.setattr(torch, "randn", draw_zeros)
+    noise = run(mean_field(num_particles=2), quadratic, 0).noise
+    torch.testing.assert_close(noise, torch.tensor([[1.0] * 3, [-1.0] * 3], dtype=F64))
+
+
 def test_noise_comes_anew_where_it_must_be_correlated() -> None:
     for num_particles, is_new in ((6, False), (4, True)):
         inference = mean_field(num_particles=num_particles)
@@ -109,29 +117,6 @@ def test_first_order_keeps_values(preconditioner: Any) -> None:
     torch.testing.assert_close(*ends)
 
 
-@pytest.mark.parametrize("dim", [3, 80])
-def test_prior_moments_cancel_the_draw(dim: int) -> None:
-    loc, scale = torch.randn(dim, dtype=F64), torch.rand(dim, dtype=F64) + 0.01
-
-    def moments(loc: Tensor, scale: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(2, dim, dtype=F64, generator=torch.Generator().manual_seed(seed))
-        density = torch.distributions.Normal(loc, scale)
-        return prior_moments(lambda z: density.log_prob(z).sum(), loc + scale * noise)
-
-    for seed in (0, 1):
-        torch.testing.assert_close(moments(loc, scale, seed), (loc, scale))
-    jacobian = torch.autograd.functional.jacobian(lambda a, b: moments(a, b, 0), (loc, scale))
-    eye, none = torch.eye(dim, dtype=F64), torch.zeros(dim, dim, dtype=F64)
-    torch.testing.assert_close(jacobian, ((eye, none), (none, eye)))
-
-
-def test_prior_moments_of_a_correlated_normal() -> None:
-    density = torch.distributions.MultivariateNormal(MEAN, precision_matrix=PRECISION)
-    loc, scale = prior_moments(density.log_prob, torch.randn(3, 3, dtype=F64))
-    torch.testing.assert_close(loc, MEAN)
-    torch.testing.assert_close(scale, PRECISION.diagonal().rsqrt())
-
-
 def bound_level(inference: Inference) -> tuple[Adapter, dict[str, Tensor]]:
     adapter = bind(level, level_tasks(4, 6).to(dtype=F64), inference, "prior")
     return adapter, {name: value.double() for name, value in adapter.density.prior.items()}
@@ -144,13 +129,15 @@ def test_no_step_is_the_models_prior() -> None:
     torch.testing.assert_close(state.log_scale.exp(), prior["sd"].expand(4, 1))
 
 
-def test_a_level_gets_its_exact_posterior() -> None:
+@pytest.mark.parametrize("kl_weight", [1.0, 0.25])
+def test_a_level_gets_its_exact_posterior_its_likelihood_counted_by_weight(kl_weight: float) -> None:
     tasks = level_tasks(4, 6).to(dtype=F64)
-    adapter, prior = bound_level(mean_field(num_steps=2))
+    adapter, prior = bound_level(mean_field(num_steps=2, kl_weight=kl_weight))
     support = views_of(tasks, 3)[0]
     state = adapter.adapt(prior, support)
-    precision = prior["sd"] ** -2 + 3 * prior["noise"] ** -2
-    mean = (prior["mean"] * prior["sd"] ** -2 + support.data["y"].sum(1) * prior["noise"] ** -2) / precision
+    of_noise = prior["noise"] ** -2 / kl_weight
+    precision = prior["sd"] ** -2 + 3 * of_noise
+    mean = (prior["mean"] * prior["sd"] ** -2 + support.data["y"].sum(1) * of_noise) / precision
     torch.testing.assert_close(state.loc[:, 0], mean)
     torch.testing.assert_close(state.log_scale[:, 0].exp(), precision.rsqrt().expand(4))
 
@@ -193,7 +180,8 @@ def test_a_free_start_learns_its_scale() -> None:
     ("settings", "message"),
     [
         ({"noise": "none"}, "noise='none'.*\"common\""),
-        ({"initial_scale": 0.0}, "initial_scale=0.0.*positive"),
+        ({"initial_scale": 0.0}, "initial_scale=0.0 must be positive"),
+        ({"kl_weight": 0}, "kl_weight=0 must be positive"),
         ({"preconditioner": "gauss_newton"}, "gauss_newton.*laplace"),
         ({"num_particles": 0}, "num_particles=0"),
     ],

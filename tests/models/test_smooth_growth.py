@@ -31,8 +31,8 @@ def test_departures_have_the_squared_exponential_kernel(size: int, boundary: flo
     data = _data()
     density = from_model(smooth_growth(0, num_functions=size, boundary=boundary), data)
     length, growth, scale = (torch.tensor(v, dtype=F64) for v in (0.7, 0.4, 0.5))
-    prior = {"length": length, "departure_growth": growth, "departure": scale}
-    weights = torch.eye(size + 1, dtype=F64)[1:]
+    prior = {"length": length, "departure_growth": growth}
+    weights = scale * torch.eye(size + 1, dtype=F64)[1:]
     columns = torch.stack([_noise_free(density, z, data, **prior) for z in weights], -1)
     t = data["time"]
     kernel = scale**2 * torch.exp(-(((t[:, None] - t) / length) ** 2) / 2)
@@ -46,9 +46,10 @@ def test_without_departures_it_is_a_polynomial_with_growing_noise() -> None:
     data = _data()
     density = from_model(smooth_growth(2), data)
     z = torch.cat([torch.tensor([1.0, -2.0, 0.5], dtype=F64), torch.zeros(8, dtype=F64)])
-    prior = {**density.prior, "noise_growth": torch.tensor(0.3, dtype=F64)}
+    mean, root = torch.tensor([0.5, 1.0, 0.0], dtype=F64), torch.tensor([[1.0, 0, 0], [2, 1, 0], [0, 0, 3]], dtype=F64)
+    prior = {**density.prior, "noise_growth": torch.tensor(0.3, dtype=F64), "mean": mean, "scale_tril": root}
     t = data["time"]
-    normal = torch.distributions.Normal(1 - 2 * t + 0.5 * t**2, prior["noise"] * torch.exp(0.3 * t))
+    normal = torch.distributions.Normal(1.5 + t + 1.5 * t**2, prior["noise"] * torch.exp(0.3 * t))
     expected = normal.log_prob(data["value"])
     torch.testing.assert_close(density.log_likelihood(z, prior, data)["obs"], expected)
     assert {name: tuple(value.shape) for name, value in density.prior.items()} == {
@@ -60,6 +61,14 @@ def test_without_departures_it_is_a_polynomial_with_growing_noise() -> None:
         "noise": (),
         "noise_growth": (),
     }
+
+
+def test_heavy_tails_are_students() -> None:
+    data = _data()
+    density = from_model(smooth_growth(0, num_functions=2, heavy_tails=True), data)
+    z = torch.zeros(3, dtype=F64)
+    expected = torch.distributions.StudentT(density.prior["freedom"], 0.0, density.prior["noise"])
+    torch.testing.assert_close(density.log_likelihood(z, density.prior, data)["obs"], expected.log_prob(data["value"]))
 
 
 @pytest.mark.parametrize(

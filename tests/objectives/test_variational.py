@@ -10,9 +10,8 @@ from torch.distributions import Normal, kl_divergence
 import bmaml_ppl as bp
 from bmaml_ppl.diagnostics.scores import mixture_log_density
 from bmaml_ppl.inference import map_estimate, mean_field, platipus
-from bmaml_ppl.objectives import Objective, Rollout, query_nll
+from bmaml_ppl.objectives import Objective, Rollout, elbo, platipus_loss, query_nll
 from bmaml_ppl.types import Inference, Tensors
-from bmaml_ppl.variational_objectives import elbo, platipus_loss
 from tests.toys import bind, finite_differences, level, level_tasks, views_of
 
 F64 = torch.float64
@@ -65,7 +64,9 @@ def test_elbo_of_the_exact_posterior_misses_the_evidence_by_what_the_query_tells
 @pytest.mark.parametrize("kl_weight", [1.0, 0.1])
 def test_platipus_loss_is_algorithm_1(kl_weight: float) -> None:
     inference = platipus(num_particles=4, num_steps=2, step_size=0.05, preconditioner="none", rate=0.02)
-    rollout = rollout_of(inference, log_gamma_q=torch.tensor([-3.0], dtype=F64), log_v_q=torch.tensor([-1.0], dtype=F64))
+    rollout = rollout_of(
+        inference, log_gamma_q=torch.tensor([-3.0], dtype=F64), log_v_q=torch.tensor([-1.0], dtype=F64)
+    )
     torch.manual_seed(0)
     loss = platipus_loss(kl_weight)(rollout)
     prior = rollout.prior

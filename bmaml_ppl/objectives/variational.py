@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bmaml_ppl.inference.mean_field import MeanFieldState, entropy
 from bmaml_ppl.inference.platipus import PlatipusState
-from bmaml_ppl.objectives import Objective, Rollout
+from bmaml_ppl.objectives.objective import Objective, Rollout
 
 __all__ = ["elbo", "platipus_loss"]
 

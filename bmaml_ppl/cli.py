@@ -270,6 +270,33 @@ def growth(
         typer.echo(f"Written to {out}: {_list_files(Path(out))}")
 
 
+@experiments.command("sine-line")
+def sine_line(
+    context: typer.Context,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the results go.")] = "runs/sine_line",
+    quick: Annotated[bool, typer.Option("--quick", help="Too few steps: only shows that it runs.")] = False,
+) -> None:
+    """Tell sinusoids from lines by a few points, where both may fit: ABML and PLATIPUS.
+
+    Takes twenty minutes or so; what a run before left in the folder is used again.
+
+    \b
+    Example:
+      bmaml-ppl experiment sine-line --out runs/sine_line
+
+    \b
+    The folder then holds:
+      metrics.json        scores, and the shares of functions near either curve of ambiguous tasks
+      ambiguous.png       posterior functions of ambiguous tasks
+      NAME.safetensors    the prior that each method learned
+    """  # noqa: D301
+    with _explain_mistakes(context):
+        from bmaml_ppl.experiments.sine_line import QUICK, SineLineSettings, format_metrics, run_sine_line
+
+        metrics = run_sine_line(out, QUICK if quick else SineLineSettings())
+        typer.echo(f"{format_metrics(metrics)}\nWritten to {out}: {_list_files(Path(out))}")
+
+
 def _parse_seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))

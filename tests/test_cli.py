@@ -245,7 +245,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["fit", "adapt", "show", "demo", "experiment growth"])
+@pytest.mark.parametrize("command", ["fit", "adapt", "show", "demo", "experiment growth", "experiment sine-line"])
 def test_help_has_its_examples_line_by_line(run: Run, command: str) -> None:
     text = run(*command.split(), "--help").output
     assert f"bmaml-ppl {command}" in text
@@ -258,3 +258,30 @@ def test_seeds_that_are_no_numbers_are_told(run: Run) -> None:
 
 def test_version_is_shown(run: Run) -> None:
     assert run("--version").output == f"bmaml-ppl {__version__}\n"
+
+
+def test_laplace_is_fitted_by_its_evidence(run: Run) -> None:
+    fitted = run(
+        "fit", "model.py:line", "--data", "pigs.csv", *FIT, "--inference", "laplace", "--objective", "evidence"
+    )
+    assert fitted.exit_code == 0, fitted.output
+    assert "laplace" in run("show", "runs/fit/prior.safetensors").output or "laplace" in fitted.output
+    query = run(
+        "fit",
+        "model.py:line",
+        "--data",
+        "pigs.csv",
+        *FIT,
+        "--inference",
+        "laplace",
+        "--objective",
+        "evidence(query, 0.1)",
+    )
+    assert query.exit_code == 0, query.output
+
+
+def test_sine_line_study_runs(run: Run) -> None:
+    done = run("experiment", "sine-line", "--quick", "--out", "study")
+    assert done.exit_code == 0, done.output
+    assert "PLATIPUS, 5 shots: rmse" in done.output
+    assert Path("study/ambiguous.png").is_file()

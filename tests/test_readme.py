@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bmaml_ppl import meta_learn
-from bmaml_ppl.inference import map_estimate, svgd
-from bmaml_ppl.objectives import chaser, marginal_nll, query_nll
+from bmaml_ppl import meta_learn, objectives
+from bmaml_ppl.inference import ALGORITHMS
 from tests.toys import level, level_tasks, line, line_tasks
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-NAMES = {f.__name__: f for f in (map_estimate, svgd, chaser, marginal_nll, query_nll)}
-ROWS = re.findall(r"^\| (.+?) \| `((?:map_estimate|svgd)\(.*?\))` \| `(.+?)` \|$", README, re.MULTILINE)
+NAMES = {**ALGORITHMS, **{name: getattr(objectives, name) for name in objectives.__all__}}
+KNOWN = "|".join(ALGORITHMS)
+ROWS = re.findall(rf"^\| (.+?) \| `((?:{KNOWN})\(.*?\))` \| `(.+?)` \|$", README, re.MULTILINE)
 
 
 def test_the_table_of_methods_is_found() -> None:
-    assert len(ROWS) == 8
+    assert len(ROWS) == 13
+    assert {row[1].split("(")[0] for row in ROWS} == set(ALGORITHMS)
 
 
 @pytest.mark.parametrize(("paper", "inference", "objective"), ROWS, ids=[row[0] for row in ROWS])

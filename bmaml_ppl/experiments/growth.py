@@ -61,14 +61,15 @@ class GrowthSettings:
     """What `run_growth` does.
 
     Attributes:
-        seeds: One split each; the seed also chooses the observations that are seen.
+        seeds: One split each; the seed also chooses the observations that are seen. Splits 0 to 4 were looked at while
+            numbers of steps and first values were set, so that others are reported.
         fraction: Of the tasks that train.
         svgd_steps: Meta-steps of SVGD.
         laplace_steps: Meta-steps of Laplace's method.
         workers: Processes side by side; the results do not depend on it, the seconds do.
     """
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (5, 6, 7, 8, 9)
     fraction: float = 0.7
     svgd_steps: int = 100
     laplace_steps: int = 300

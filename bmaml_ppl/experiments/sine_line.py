@@ -23,7 +23,7 @@ from bmaml_ppl.posterior import Posterior
 from bmaml_ppl.storage import load_prior
 from bmaml_ppl.types import Inference, Model
 
-__all__ = ["METHODS", "QUICK", "Method", "SineLineSettings", "measure_ambiguity", "run_sine_line"]
+__all__ = ["METHODS", "QUICK", "Method", "SineLineSettings", "format_metrics", "measure_ambiguity", "run_sine_line"]
 
 _BLUE, _ORANGE, _BLACK, _GREY = "#0072B2", "#D55E00", "#000000", "#767676"
 _KL_WEIGHT = 0.02
@@ -288,6 +288,16 @@ def score_shots(prior: LearnedPrior, method: Method, settings: SineLineSettings)
             "coverage90": scores.coverage(draws, target, 0.9).item(),
         }
     return scored
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """The scores as text, a line a method and number of shots, and the shares of each ambiguous task."""
+    lines = []
+    for name, found in metrics.items():
+        for what, values in found.items():
+            shown = ", ".join(f"{key} {value:.2f}" for key, value in values.items())
+            lines.append(f"{METHODS[name].title}, {what}: {shown}")
+    return "\n".join(lines)
 
 
 def draw_ambiguous(

@@ -44,7 +44,7 @@ def evidence(kind: Literal["marginal", "query"] = "marginal", eta: float = 0.5) 
         _refuse_without_curvature(rollout)
         adapter, prior = rollout.adapter, rollout.prior
         state = adapter.measure(rollout.follower, prior, rollout.query)
-        rollout.states.append(state)
+        rollout.measured.append(state)
         log_det = vmap(vmap(lambda precision: precision.log_det()))(state.precision)
         log_likelihood = adapter.log_likelihood(state.particles, prior, rollout.query)
         return (eta * log_det.to(log_likelihood) - log_likelihood).mean(-1)

@@ -26,6 +26,7 @@ class Rollout:
         query: Held-out observations.
         everything: Both together.
         states: Each adaptation's end so far, in which an inference may report on itself.
+        measured: The same of adapted points measured on other data than they were adapted to.
     """
 
     adapter: Adapter
@@ -34,6 +35,7 @@ class Rollout:
     query: TaskData
     everything: TaskData
     states: list[Any] = field(default_factory=list)
+    measured: list[Any] = field(default_factory=list)
 
     @cached_property
     def follower(self) -> Any:
@@ -47,18 +49,20 @@ class Rollout:
 
     @property
     def num_repaired(self) -> int:
-        """Tasks whose curvature had to be repaired in some adaptation."""
-        return self._count("repaired", True)
+        """Tasks whose curvature had to be repaired somewhere."""
+        return _count([*self.states, *self.measured], "repaired", True)
 
     @property
     def num_unconverged(self) -> int:
         """Tasks that stopped short of an optimum in some adaptation that leads to one."""
-        return self._count("converged", False) if self.adapter.inference.implicit else 0
+        return _count(self.states, "converged", False) if self.adapter.inference.implicit else 0
 
-    def _count(self, name: str, value: bool) -> int:
-        reports: list[Any] = [describe_curvature(state, {}) for state in self.states if hasattr(state, "repair")]
-        found = [report[name] == value for report in reports]
-        return int(torch.stack(found).any(0).sum()) if found else 0
+
+def _count(states: list[Any], name: str, value: bool) -> int:
+    """Tasks that some state reports to be so."""
+    reports: list[Any] = [describe_curvature(state, {}) for state in states if hasattr(state, "repair")]
+    found = [report[name] == value for report in reports]
+    return int(torch.stack(found).any(0).sum()) if found else 0
 
 
 Loss = Callable[[Rollout], Tensor]

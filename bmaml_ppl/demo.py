@@ -172,13 +172,13 @@ def _learn_network(train: Tasks, settings: DemoSettings, model: Model = network,
 
 
 def _dual(train: Tasks, settings: DemoSettings) -> LearnedPrior:
-    return _learn_network(train, settings, model=weights, inference=laplace(num_steps=5))
+    return _learn_network(train, settings, model=weights, inference=laplace(num_steps=10))
 
 
 def _neural_linear(train: Tasks, settings: DemoSettings) -> LearnedPrior:
-    # One Newton step is exact, since the posterior is Gaussian.
+    # One Newton step is exact, since the posterior is Gaussian; others polish it in single precision.
     settings = replace(settings, network_steps=settings.growth_steps)
-    return _learn_network(train, settings, model=basis, inference=laplace(num_steps=1))
+    return _learn_network(train, settings, model=basis, inference=laplace(num_steps=3))
 
 
 def _growth(train: Tasks, settings: DemoSettings, inference: Inference | None = None) -> LearnedPrior:
@@ -198,7 +198,7 @@ METHODS: dict[str, Callable[[Split, DemoSettings], Forecast]] = {
     "EMAML": partial(_learned, _emaml),
     "BMAML (hierarchical network)": partial(_learned, _bmaml),
     GROWTH: partial(_learned, _growth),
-    "Laplace (growth curve)": partial(_learned, partial(_growth, inference=laplace(num_steps=1))),
+    "Laplace (growth curve)": partial(_learned, partial(_growth, inference=laplace(num_steps=3))),
     "Laplace (network, dual GGN)": partial(_learned, _dual, linearized=True, num_steps=50),
     "neural linear": partial(_learned, _neural_linear),
 }

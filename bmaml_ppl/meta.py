@@ -31,7 +31,7 @@ __all__ = ["MetaStep", "StoppedEarly", "meta_learn"]
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 _CHECKPOINT_EVERY = 100
-_LAST_STEPS = 50
+_FEWEST_STEPS, _LAST_STEPS = 20, 50
 _MOST_UNCONVERGED = 0.1
 _STOPPED = (
     "meta-learning stopped: {}; the last prior with a finite loss and gradient is kept. If it diverged, standardise "
@@ -357,7 +357,7 @@ class _Loop:
         """Speaks up where gradients at optima were taken elsewhere, toward the end of the run."""
         counts = self.history.num_unconverged[-_LAST_STEPS:]
         tasks = len(counts) * self.schedule.batch_size
-        if sum(counts) > _MOST_UNCONVERGED * tasks:
+        if len(counts) >= _FEWEST_STEPS and sum(counts) > _MOST_UNCONVERGED * tasks:
             warnings.warn(
                 f"in the last {len(counts)} meta-steps {sum(counts)} of {tasks} adaptations stopped short of the "
                 "optimum at which implicit gradients are taken; write more steps in the inference (num_steps=...), or "

@@ -87,12 +87,12 @@ def test_optimiser_that_stops_short_names_task_and_site() -> None:
 
 
 def test_short_optimisers_are_counted_in_training_and_told_once() -> None:
-    with pytest.warns(NotConverged, match=r"in the last 2 meta-steps 6 of 6 adaptations stopped short") as told:
+    with pytest.warns(NotConverged, match=r"in the last 20 meta-steps \d+ of 60 adaptations stopped short") as told:
         prior = meta_learn(
-            slow, TASKS, num_support=1, inference=laplace(num_steps=1), num_steps=2, batch_size=3, progress=False
+            slow, TASKS, num_support=1, inference=laplace(num_steps=1), num_steps=20, batch_size=3, progress=False
         )
     assert len(told) == 1
-    assert prior.history.num_unconverged == [3, 3]
+    assert prior.history.num_unconverged[:2] == [3, 3]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prior = meta_learn(slow, TASKS, num_support=1, inference=laplace(), num_steps=2, batch_size=3, progress=False)

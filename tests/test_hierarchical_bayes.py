@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import Adapter, TaskData
+from bmaml_ppl.adaptation import Adapter, TaskData, seeded
 from bmaml_ppl.datasets.frames import radon
 from bmaml_ppl.density import from_model
+from bmaml_ppl.diagnostics.curvature import describe_curvature
 from bmaml_ppl.inference import laplace
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.meta import meta_learn
-from bmaml_ppl.models import county_radon, eight_schools_data
+from bmaml_ppl.models import county_radon, eight_schools, eight_schools_data
 from bmaml_ppl.tasks import Tasks
 from tests.toys import level, level_tasks, line_tasks, straight
 
@@ -95,10 +96,10 @@ class Schools(NamedTuple):
 
 
 def _school(sigma: Tensor, mu: Tensor, tau: Tensor, y: Tensor | None = None) -> None:
-    """One school whose hyperparameters are given: `school_effect` at one point of a grid."""
-    theta = pyro.sample("theta", dist.Normal(mu, tau))
+    """One school, non-centred, whose hyperparameters are given: one point of a grid."""
+    eta = pyro.sample("eta", dist.Normal(torch.zeros_like(mu), 1.0))
     with pyro.plate("data", len(sigma)):
-        pyro.sample("obs", dist.Normal(theta, sigma), obs=y)
+        pyro.sample("obs", dist.Normal(mu + tau * eta, sigma), obs=y)
 
 
 def _integrate_schools(levels: Tensor, spreads: Tensor) -> Schools:
@@ -109,8 +110,9 @@ def _integrate_schools(levels: Tensor, spreads: Tensor) -> Schools:
     density = from_model(_school, {k: v[0] for k, v in data.items()}, ("mu", "tau"))
     state = Adapter(density, laplace(sites=density.sites), "prior").adapt({}, TaskData(data, None))
     shape = len(levels), len(spreads), 8
-    mean, factor = state.particles.reshape(shape), state.precision.factor.reshape(shape)
-    return Schools(state.log_evidence.reshape(shape).sum(-1), mean[..., 0], factor[..., 0] ** -2)
+    eta, factor = state.particles.reshape(shape), state.precision.factor.reshape(shape)
+    mean = levels[:, None] + spreads * eta[..., 0]
+    return Schools(state.log_evidence.reshape(shape).sum(-1), mean, (spreads / factor[..., 0]) ** 2)
 
 
 def test_eight_schools_reference_by_integrating_the_evidence_over_the_prior() -> None:
@@ -131,6 +133,18 @@ def test_eight_schools_reference_by_integrating_the_evidence_over_the_prior() ->
     assert moments(levels[:, None].expand_as(weight)) == pytest.approx((4.41, 3.31), abs=0.1)
     assert moments(spreads.expand_as(weight)) == pytest.approx((3.60, 3.20), abs=0.1)
     assert moments(mean, variance) == pytest.approx((6.15, 5.62), abs=0.15)
+
+
+def test_joint_mode_of_eight_schools_is_no_summary_of_them() -> None:
+    # What integrating the effects out avoids: in the joint density of ten latents the standardised effects shrink as
+    # tau grows, and its mode is at tau = 29, where the posterior's mean is 3.60.
+    data = {k: v.double() for k, v in eight_schools_data().items()}
+    density = from_model(eight_schools(), data)
+    adapter = Adapter(density, laplace(num_steps=50, sites=density.sites), "prior")
+    with seeded(0, torch.device("cpu")):
+        state = adapter.adapt({}, TaskData({k: v[None] for k, v in data.items()}, None))
+    assert describe_curvature(state, density.sites)["converged"].all()  # type: ignore[union-attr]
+    assert density.constrain(state.particles[0, 0], {}, data)["tau"].item() == pytest.approx(29.0, abs=1.0)
 
 
 def test_empirical_bayes_of_eight_schools_pools_them_all() -> None:

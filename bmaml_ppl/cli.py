@@ -278,7 +278,7 @@ def sine_line(
 ) -> None:
     """Tell sinusoids from lines by a few points, where both may fit: ABML and PLATIPUS.
 
-    Takes twenty minutes or so; what a run before left in the folder is used again.
+    Takes about seventeen minutes; what a run before left in the folder is used again.
 
     \b
     Example:

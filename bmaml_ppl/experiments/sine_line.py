@@ -139,7 +139,7 @@ def run_sine_line(out: str | Path, settings: SineLineSettings | None = None) -> 
 
     Args:
         out: Folder.
-        settings: None is the whole study, which takes about five minutes a method on one core.
+        settings: None is the whole study, which takes about 17 minutes on one core.
 
     Returns:
         What `metrics.json` holds: by method, scores by shots and the shares of functions near either curve of each

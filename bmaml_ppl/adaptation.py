@@ -175,8 +175,11 @@ class Adapter:
 
     def log_density(self, prior: Tensors, task: TaskData) -> LogDensity:
         """One task's log joint density as a function of z alone."""
-        exact = TaskDensity(self.density, prior, task.data, task.mask)
+        exact = self._bind(prior, task)
         return FirstOrder(exact) if self.first_order else exact
+
+    def _bind(self, prior: Tensors, task: TaskData) -> TaskDensity:
+        return TaskDensity(self.density, prior, task.data, task.mask)
 
     def _begin(self, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         if self.start == "free":
@@ -196,13 +199,13 @@ class Adapter:
 
     def _score(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
-            return vmap(grad(TaskDensity(self.density, prior, task.data, task.mask)))(z)
+            return vmap(grad(self._bind(prior, task)))(z)
 
         return _over_tasks(of_task, tasks, particles)
 
     def _hessian(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
-            exact = TaskDensity(self.density, prior, task.data, task.mask)
+            exact = self._bind(prior, task)
             return vmap(lambda particle: exact_hessian(exact, particle))(z)
 
         return _over_tasks(of_task, tasks, particles)
@@ -211,7 +214,7 @@ class Adapter:
         """Products of the negative Hessians with v, (T, M, D)."""
 
         def of_task(task: TaskData, z: Tensor, v: Tensor) -> Tensor:
-            exact = TaskDensity(self.density, prior, task.data, task.mask)
+            exact = self._bind(prior, task)
             return vmap(lambda particle, w: -vjp(grad(exact), particle)[1](w)[0])(z, v)
 
         return _over_tasks(of_task, tasks, particles, v)
@@ -221,13 +224,13 @@ class Adapter:
 
     def _log_joint(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
-            return vmap(lambda particle: self.density.log_joint(particle, prior, task.data, task.mask))(z)
+            return vmap(self._bind(prior, task))(z)
 
         return _over_tasks(of_task, tasks, particles)
 
     def _log_likelihood(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
-            return vmap(TaskDensity(self.density, prior, task.data, task.mask).log_likelihood)(z)
+            return vmap(self._bind(prior, task).log_likelihood)(z)
 
         return _over_tasks(of_task, tasks, particles)
 

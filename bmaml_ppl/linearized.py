@@ -5,17 +5,17 @@ r"""The linearised (GLM) predictive: a model's observation parameters to first o
 It is the predictive that a Gauss-Newton posterior belongs to; where the model is linear it is the sampled one.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import vmap
 
 from bmaml_ppl.adaptation import TaskData, seeded
 from bmaml_ppl.density import Density
 from bmaml_ppl.draws import reparameterised
 from bmaml_ppl.families import Family
+from bmaml_ppl.inference.curvature import observation_slopes
 from bmaml_ppl.prediction import PREDICTIVE_STREAM, in_user_units
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.task_density import TaskDensity
@@ -104,12 +104,8 @@ Linearized = tuple[dict[str, Family], dict[str, Tensor]]
 def _linearize(bound: TaskDensity, mode: Tensor, z: Tensor) -> Linearized:
     """Each site's family at the mode, and its parameters at draws z, (S, D), to first order: (S, R, P)."""
     families = bound.observations(mode)
-    slopes = jacrev(partial(_read_etas, bound.observations))(mode)
+    slopes = observation_slopes(bound, mode)
     moved = {
         name: family.eta + torch.einsum("rpd,sd->srp", slopes[name], z - mode) for name, family in families.items()
     }
     return families, moved
-
-
-def _read_etas(observations: Callable[[Tensor], dict[str, Family]], z: Tensor) -> dict[str, Tensor]:
-    return {name: family.eta for name, family in observations(z).items()}

@@ -31,6 +31,7 @@ __all__ = [
     "kronecker",
     "likelihood_rows",
     "matrix_shapes",
+    "observation_slopes",
     "observed_blocks",
     "measure_curvature",
     "prior_hessian",
@@ -89,6 +90,14 @@ def prior_hessian(log_density: TaskLogDensity, z: Tensor) -> Tensor:
     return -jacrev(grad(log_density.log_prior))(z)
 
 
+def observation_slopes(log_density: TaskLogDensity, z: Tensor) -> dict[str, Tensor]:
+    """How each parameter of each row varies with z: observed site -> (R, P, D)."""
+    slopes: dict[str, Tensor] = jacrev(
+        lambda at: {name: site.eta for name, site in log_density.observations(at).items()}
+    )(z)
+    return slopes
+
+
 def likelihood_rows(log_density: TaskLogDensity, z: Tensor, kind: Rows) -> tuple[Tensor, Tensor]:
     """J, (R, D), with J^T J the curvature that the observations add.
 
@@ -106,7 +115,7 @@ def likelihood_rows(log_density: TaskLogDensity, z: Tensor, kind: Rows) -> tuple
         Martens (2020), New Insights and Perspectives on the Natural Gradient Method, sections 8 and 9; Kunstner,
         Balles and Hennig (2019) on what the empirical Fisher is not.
     """
-    slopes = jacrev(lambda at: {name: site.eta for name, site in log_density.observations(at).items()})(z)
+    slopes = observation_slopes(log_density, z)
     rows, raised = [], [z.new_zeros(())]
     for name, site in log_density.observations(z).items():
         slope = slopes[name]

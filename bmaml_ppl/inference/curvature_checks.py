@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vjp
+from torch.func import grad, vjp
 
 from bmaml_ppl.inference.curvature import (
     Curvature,
     Form,
     arrow_prior,
     few_coordinates,
+    observation_slopes,
     observed_blocks,
     resolve_curvature,
 )
@@ -57,7 +58,7 @@ def check_curvature(
 
 def _check_second_derivative(log_density: TaskLogDensity, z: Tensor, curvature: Curvature) -> None:
     try:
-        sites, slopes = log_density.observations(z), _slopes(log_density, z)
+        sites, slopes = log_density.observations(z), observation_slopes(log_density, z)
     except ValueError:  # a family that does not show its parameters has an exact Hessian all the same
         if curvature == "exact":
             return
@@ -73,16 +74,8 @@ def _check_second_derivative(log_density: TaskLogDensity, z: Tensor, curvature: 
             )
 
 
-def _slopes(log_density: TaskLogDensity, z: Tensor) -> dict[str, Tensor]:
-    """How each parameter of each row varies with z: observed site -> (R, P, D)."""
-    found: dict[str, Tensor] = jacrev(
-        lambda at: {name: site.eta for name, site in log_density.observations(at).items()}
-    )(z)
-    return found
-
-
 def _check_information(log_density: TaskLogDensity, z: Tensor) -> None:
-    slopes = _slopes(log_density, z)
+    slopes = observation_slopes(log_density, z)
     for name, site in log_density.observations(z).items():
         site.information_root(site.eta)
         varies = (slopes[name] != 0).any(-1)[site.weight > 0].any(0).tolist()

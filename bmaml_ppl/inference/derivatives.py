@@ -8,7 +8,7 @@ from torch.func import grad, jacrev, vmap
 
 from bmaml_ppl.types import LogDensity
 
-__all__ = ["FirstOrder", "curvature_factor", "equilibrate", "hessians", "safe_fraction", "scores"]
+__all__ = ["FirstOrder", "curvature_factor", "equilibrate", "exact_density", "hessians", "safe_fraction", "scores"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class FirstOrder:
     def __call__(self, z: Tensor) -> Tensor:
         """A linear function of z, (D,), with the exact score as its constant slope."""
         return (grad(self.exact)(z.detach()).detach() * z).sum()
+
+
+def exact_density(log_density: LogDensity) -> LogDensity:
+    """The log density without stop-gradients."""
+    return log_density.exact if isinstance(log_density, FirstOrder) else log_density
 
 
 def scores(log_density: LogDensity, particles: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ def safe_fraction(
     Returns:
         Fractions without gradient, (M, 1).
     """
-    exact = log_density.exact if isinstance(log_density, FirstOrder) else log_density
+    exact = exact_density(log_density)
     powers = torch.arange(num_fractions + 1, device=move.device)
     fractions = torch.where(powers < num_fractions, 0.25 ** powers.to(move), 0.0)
     values = vmap(vmap(exact))((particles + fractions[:, None, None] * move).detach())

@@ -14,9 +14,10 @@ from bmaml_ppl.checks import check_count
 from bmaml_ppl.inference import point
 from bmaml_ppl.inference.curvature import Curvature, Form, measure_curvature
 from bmaml_ppl.inference.curvature_checks import check_curvature
+from bmaml_ppl.inference.derivatives import exact_density
 from bmaml_ppl.inference.particles import LearnedStepSize, ParticleState, Preconditioner, StepRule, resample
 from bmaml_ppl.inference.precision import mahalanobis
-from bmaml_ppl.inference.prior_moments import exact_density, prior_moments
+from bmaml_ppl.inference.prior_moments import prior_moments
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
 
 __all__ = ["LaplaceState", "laplace", "log_mass", "log_prob", "measure", "prepare", "sample"]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, hessians, safe_fraction, scores
+from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, exact_density, hessians, safe_fraction, scores
 from bmaml_ppl.inference.particles import LearnedStepSize, ParticleState, Preconditioner, StepRule, advance
-from bmaml_ppl.inference.prior_moments import exact_density, prior_moments
+from bmaml_ppl.inference.prior_moments import prior_moments
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start, Tensors
 
 __all__ = ["MeanFieldState", "begin", "entropy", "log_prob", "mean_field", "prepare", "sample", "update"]

@@ -11,9 +11,9 @@ from torch.func import grad
 
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.inference import point
-from bmaml_ppl.inference.derivatives import FirstOrder
+from bmaml_ppl.inference.derivatives import FirstOrder, exact_density
 from bmaml_ppl.inference.particles import LearnedStepSize, ParticleState, Preconditioner, StepRule, resample
-from bmaml_ppl.inference.prior_moments import exact_density, prior_moments
+from bmaml_ppl.inference.prior_moments import prior_moments
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Tensors
 
 __all__ = ["PlatipusState", "begin", "platipus", "prepare", "update"]

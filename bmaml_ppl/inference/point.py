@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.inference.curvature import measure_curvature, repair_dense
-from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, hessians, safe_fraction, scores
+from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, exact_density, hessians, safe_fraction, scores
 from bmaml_ppl.inference.particles import (
     LearnedStepSize,
     ParticleState,
@@ -105,7 +105,7 @@ def _solve_fisher(
 ) -> Tensor:
     """Each particle's direction, (M, D), multiplied by the inverse Fisher information of its joint density."""
     first_order = isinstance(log_density, FirstOrder)
-    exact = log_density.exact if isinstance(log_density, FirstOrder) else log_density
+    exact = exact_density(log_density)
 
     def solve(z: Tensor, score: Tensor) -> Tensor:
         precision = measure_curvature(exact, z.detach() if first_order else z, "fisher", sites=sites).precision

@@ -7,17 +7,12 @@ from torch import Tensor
 from torch.func import vmap
 
 from bmaml_ppl.inference.curvature import arrow_prior, dual, few_coordinates
-from bmaml_ppl.inference.derivatives import FirstOrder, curvature_factor, hessians, safe_fraction, scores
-from bmaml_ppl.types import LogDensity, SiteLayout
+from bmaml_ppl.inference.derivatives import curvature_factor, hessians, safe_fraction, scores
+from bmaml_ppl.types import SiteLayout
 
-__all__ = ["exact_density", "prior_moments"]
+__all__ = ["prior_moments"]
 
 _DENSE_LIMIT = 64
-
-
-def exact_density(log_density: LogDensity) -> LogDensity:
-    """The log density without stop-gradients."""
-    return log_density.exact if isinstance(log_density, FirstOrder) else log_density
 
 
 def prior_moments(

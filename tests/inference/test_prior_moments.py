@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bmaml_ppl.inference.derivatives import FirstOrder
-from bmaml_ppl.inference.prior_moments import exact_density, prior_moments
+from bmaml_ppl.inference.derivatives import FirstOrder, exact_density
+from bmaml_ppl.inference.prior_moments import prior_moments
 
 F64 = torch.float64
 PRECISION = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 4.0]], dtype=F64)

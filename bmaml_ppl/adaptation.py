@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
+from torch.utils._pytree import tree_map
 
 from bmaml_ppl.compile import Recorded
 from bmaml_ppl.density import Density
@@ -80,6 +81,8 @@ class Adapter:
         inference: The algorithm.
         start: Where particles start, "free" or "prior".
         first_order: Whether outer gradients stop at the scores.
+        randomness: Whether tasks share the draws that adaptation makes ("same": a task's result does not depend on the
+            others), or have their own ("different": results of tasks are independent).
         recorded: Whether one step, and each density, is recorded as a graph of tensor operations when it is
             first called with a layout of arguments; see `bmaml_ppl.compile`.
     """
@@ -89,6 +92,7 @@ class Adapter:
     start: Start
     first_order: bool = False
     recorded: bool = False
+    randomness: Literal["same", "different"] = "same"
 
     def __post_init__(self) -> None:
         for name in _RECORDED:
@@ -96,7 +100,7 @@ class Adapter:
             object.__setattr__(self, name, Recorded(function) if self.recorded else function)
 
     def begin(self, prior: Tensors, tasks: TaskData) -> Any:
-        """Each task's state before the first step; draws, the same for all tasks, come from torch's generator."""
+        """Each task's state before the first step; draws come from torch's generator, see `randomness`."""
         state = self._begin(dict(prior), tasks)
         if self.start == "prior" and self.inference.prepare is not None:
             state = self._prepare(state, dict(prior), tasks)
@@ -112,10 +116,21 @@ class Adapter:
         """Each task's state after adaptation, measured."""
         steps = self.inference.num_steps if num_steps is None else num_steps
         if not self.inference.implicit:
-            return self.measure(self.run(self.begin(prior, tasks), prior, tasks, steps), prior, tasks)
+            state = self.run(self.begin(prior, tasks), prior, tasks, max(steps - self.inference.num_draws, 0))
+            return self.measure(self._collect(state, prior, tasks, min(steps, self.inference.num_draws)), prior, tasks)
         with torch.no_grad():
             state = self._run_to_optimum(self.begin(prior, tasks), prior, tasks, steps)
         return self.measure(self._differentiate(state, prior, tasks), prior, tasks)
+
+    def _collect(self, state: Any, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
+        """Each task's state after so many steps more, all of them kept."""
+        if self.inference.visit is None or self.inference.collect is None:
+            return state
+        visits = []
+        for _ in range(num_steps):
+            state = self.run(state, prior, tasks, 1)
+            visits.append(self.inference.visit(state))
+        return vmap(self.inference.collect)(state, tree_map(lambda *steps: torch.stack(steps, 1), *visits))
 
     def _run_to_optimum(self, state: Any, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
         """Each task's state after so many steps more, or after fewer where none of them moves any more."""
@@ -165,13 +180,20 @@ class Adapter:
         return self._log_likelihood(particles, dict(prior), tasks)
 
     def draw_prior(self, prior: Tensors, tasks: TaskData, num_draws: int) -> Tensor:
-        """Reparameterised draws of z from the model's prior, (T, num_draws, D), the same for all tasks."""
+        """Reparameterised draws of z from the model's prior, (T, num_draws, D); see `randomness`."""
 
         def draw(task: TaskData) -> Tensor:
             count = torch.zeros(num_draws, device=next(iter(task.data.values())).device)
             return vmap(lambda _: self.density.draw_prior(prior, task.data), randomness="different")(count)
 
-        return _over_tasks(draw, tasks)
+        return _over_tasks(draw, tasks, randomness=self.randomness)
+
+    def draw_unadapted(self, prior: Tensors, tasks: TaskData, num_draws: int) -> Tensor:
+        """Draws of z before any observation, (T, num_draws, D): from the model's prior, or from the learned start."""
+        if self.start == "prior":
+            return self.draw_prior(prior, tasks, num_draws)
+        state = self.begin(prior, tasks)
+        return vmap(lambda s: self.inference.sample(s, num_draws, None), randomness="same")(state)
 
     def log_density(self, prior: Tensors, task: TaskData) -> LogDensity:
         """One task's log joint density as a function of z alone."""
@@ -220,7 +242,11 @@ class Adapter:
         return _over_tasks(of_task, tasks, particles, v)
 
     def _update(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
-        return _over_tasks(lambda task, s: self.inference.update(s, self.log_density(prior, task)), tasks, state)
+
+        def of_task(task: TaskData, state: Any) -> Any:
+            return self.inference.update(state, self.log_density(prior, task))
+
+        return _over_tasks(of_task, tasks, state, randomness=self.randomness)
 
     def _log_joint(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
@@ -241,7 +267,9 @@ def _solve(precision: Any, v: Tensor) -> Tensor:
     return solved
 
 
-def _over_tasks(function: Callable[..., Any], tasks: TaskData, *batched: Any) -> Any:
+def _over_tasks(
+    function: Callable[..., Any], tasks: TaskData, *batched: Any, randomness: Literal["same", "different"] = "same"
+) -> Any:
     """Maps a function of one task over a batch, with other arguments that have a leading task dimension."""
     # vmap refuses None, so that tasks without a mask are passed without that entry.
     extra = {} if tasks.mask is None else {"mask": tasks.mask}
@@ -249,7 +277,7 @@ def _over_tasks(function: Callable[..., Any], tasks: TaskData, *batched: Any) ->
     def of_task(data: dict[str, Tensor], extra: dict[str, Tensor], *rest: Any) -> Any:
         return function(TaskData(data, extra.get("mask")), *rest)
 
-    return vmap(of_task, randomness="same")(tasks.data, extra, *batched)
+    return vmap(of_task, randomness=randomness)(tasks.data, extra, *batched)
 
 
 def check_inference(inference: Inference, density: Density, prior: Tensors, task: TaskData) -> None:

@@ -77,7 +77,7 @@ class Recorded:
             devices = {x.device for x in leaves if x is not None and x.device.type == "cuda"}
             with warnings.catch_warnings(), torch.random.fork_rng(devices=list(devices)):
                 warnings.simplefilter("ignore")
-                graph = make_fx(flat)(*[x for x in leaves if x is not None])
+                graph = make_fx(flat)(*_distinct(leaves))
         except Exception as error:  # any failure to record must leave the eager result standing
             warnings.warn(
                 f"a step could not be recorded and runs eagerly ({type(error).__name__}: {error}); "
@@ -88,6 +88,17 @@ class Recorded:
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph, found[0]
+
+
+def _distinct(leaves: list[Tensor | None]) -> list[Tensor]:
+    """The tensors, with a copy for each that is there twice: recording tells its inputs apart by identity alone."""
+    seen: set[int] = set()
+    found = []
+    for leaf in leaves:
+        if leaf is not None:
+            found.append(leaf.clone() if id(leaf) in seen else leaf)
+            seen.add(id(leaf))
+    return found
 
 
 def _interpret(graph: GraphModule, given: list[Tensor]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from bmaml_ppl.diagnostics.curvature import check_measured
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.model_view import learned_model
 from bmaml_ppl.observations import check_observations
-from bmaml_ppl.posterior import Posterior
+from bmaml_ppl.posterior import RESTART_STREAM, Posterior
 from bmaml_ppl.prediction import simulate
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.tasks import Tasks
@@ -68,6 +68,8 @@ class _Adapters:
     def choose(self, adapter: Adapter, parts: list[TaskData]) -> list[Adapter]:
         """The adapter for each part of one call: a recorded one where the part's layout came in a call before."""
         keys = [self._key(adapter, part) for part in parts]
+        if adapter.inference.num_draws:  # thousands of gradients are worth a recording at once
+            self.seen.update(keys)
         for key in set(keys) & self.seen - self.recorded.keys():
             if len(self.recorded) < _MOST_RECORDED:
                 self.recorded[key] = _record(adapter)
@@ -153,6 +155,7 @@ class LearnedPrior:
         *,
         inference: Inference | None = None,
         num_steps: int | None = None,
+        num_restarts: int = 1,
         chunk_size: int | None = None,
         seed: int | None = None,
         **data: Any,
@@ -166,6 +169,7 @@ class LearnedPrior:
             tasks: Tasks to adapt to, in the user's units, or None.
             inference: Another algorithm than the one learned with; a free start needs as many particles.
             num_steps: Adaptation steps; None takes the inference's own.
+            num_restarts: R, independent adaptations, whose agreement `check` and R-hat look at; draws come from all.
             chunk_size: Tasks adapted together; None bounds the memory.
             seed: Seed of the particles' start and of draws; None takes the prior's.
             **data: One task's observations as keyword tensors, (N, ...), or a batch's, (T, N, ...).
@@ -175,7 +179,8 @@ class LearnedPrior:
 
         Raises:
             TypeError: If something else than Tasks or numbers is given, or num_steps or chunk_size is not an integer.
-            ValueError: If data is missing, unknown or of the wrong shape, particles became non-finite, or the density
+            ValueError: If data is missing, unknown or of the wrong shape, steps are given to an inference whose number
+                of draws they would change (`hmc`), particles became non-finite, or the density
                 is flat along a site; the message names the key or the tasks.
 
         Warns:
@@ -191,27 +196,20 @@ class LearnedPrior:
         check_observations(self.density, self.params, batch.data, batch.mask, given.names)
         if inference is not None:
             check_inference(adapter.inference, self.density, self.params, one_task(batch))
-        steps = adapter.inference.num_steps if num_steps is None else num_steps
+        steps = _num_steps(adapter.inference, num_steps)
         chunk = _chunk_size(adapter, batch) if chunk_size is None else chunk_size
-        check_count("num_steps", steps, least=0)
         check_count("chunk_size", chunk, least=1)
+        check_count("num_restarts", num_restarts, least=1)
         parts = _chunks(batch, len(given), chunk)
         adapters = self._adapters.choose(adapter, parts)
-        states = [self._adapt(chosen, part, steps, seed) for chosen, part in zip(adapters, parts, strict=True)]
-        state = tree_map(lambda *parts: torch.cat(parts), *states)
-        _check_finite(state.particles, given)
-        check_measured(state, self.density.sites, given.names, must_converge=adapter.inference.implicit)
-        return Posterior(
-            self.density,
-            adapter.inference,
-            self.params,
-            state,
-            given,
-            self.scaling,
-            self.template,
-            single,
-            seed,
-        )
+        states = []
+        for restart in range(num_restarts):
+            runs = zip(adapters, parts, strict=True)
+            found = [self._adapt(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs]
+            states.append(tree_map(lambda *parts: torch.cat(parts), *found))
+            _check_finite(states[-1].particles, given)
+            check_measured(states[-1], self.density.sites, given.names, must_converge=adapter.inference.implicit)
+        return Posterior(self, adapter.inference, states[0], given, single, seed, tuple(states[1:]))
 
     def predict(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> dict[str, Tensor]:
         """Zero-shot: draws from the prior predictive of a task with no observations.
@@ -258,12 +256,8 @@ class LearnedPrior:
 
     def _draw(self, batch: TaskData, num_samples: int) -> Tensor:
         """Unconstrained draws from the learned prior, (T, S, D)."""
-        adapter = self._adapter(None)
         with torch.no_grad(), seeded(self.seed, self.device):
-            if self.start == "prior":
-                return adapter.draw_prior(self.params, batch, num_samples)
-            state = adapter.begin(self.params, batch)
-            return vmap(lambda s: self.inference.sample(s, num_samples, None), randomness="same")(state)
+            return self._adapter(None).draw_unadapted(self.params, batch, num_samples)
 
     def to_arviz(self, tasks: Tasks, /, *, num_samples: int = 1000) -> Any:
         """Exports prior and prior predictive draws to ArviZ; see `Posterior.to_arviz`."""
@@ -304,6 +298,18 @@ class LearnedPrior:
             return adapter.adapt(self.params, batch, num_steps)
 
 
+def _num_steps(inference: Inference, num_steps: int | None) -> int:
+    if num_steps is None:
+        return inference.num_steps
+    if inference.num_draws:
+        raise ValueError(
+            f"num_steps={num_steps} was given for {inference.name}, whose steps are its warm-up and its draws; write "
+            f"inference={inference.name}(num_warmup=..., num_draws=...)"
+        )
+    check_count("num_steps", num_steps, least=0)
+    return num_steps
+
+
 def _check_learned(needed: dict[str, Tensor], params: dict[str, Tensor]) -> None:
     for name, value in needed.items():
         has = tuple(params[name].shape) if name in params else None
@@ -318,6 +324,7 @@ def _chunk_size(adapter: Adapter, batch: TaskData) -> int:
     """Tasks whose particles, kernels, Hessians and Jacobians fit into a fixed budget together."""
     rows = max(value[0].numel() for value in batch.data.values())
     dim, num = adapter.density.dim, adapter.inference.num_particles
+    num *= 1 + adapter.inference.num_draws // 100
     measured = 0 if adapter.inference.measure is None else dim * (min(dim, 128) + 8 * rows)
     floats = num * (dim * (min(dim, 32) + num) + 64 * rows * min(dim, 32) + measured)
     return max(1, _CHUNK_BYTES // (8 * floats))

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from math import log
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, seeded
+from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task, seeded
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.density import Density
 from bmaml_ppl.diagnostics.curvature import describe_curvature
 from bmaml_ppl.guide import particle_guide, posterior_guide
+from bmaml_ppl.inference import chains
 from bmaml_ppl.linearized import linearized_log_likelihood, simulate_linearized
-from bmaml_ppl.model_view import learned_model
 from bmaml_ppl.precision_normal import gaussian_mixture
 from bmaml_ppl.prediction import blank_padding, simulate
 from bmaml_ppl.scaling import Scaling
@@ -23,7 +24,15 @@ from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
 from bmaml_ppl.types import Inference, Model
 
-__all__ = ["Posterior"]
+if TYPE_CHECKING:
+    from bmaml_ppl.learned import LearnedPrior
+
+__all__ = ["RESTART_STREAM", "Posterior"]
+
+RESTART_STREAM = 9_000_011
+"""What the seed of one restart is apart from that of the next."""
+
+_GUIDE_DRAWS = 200
 
 # A stream of its own, neither that of the particles' start nor that of predictive noise.
 _STREAM = 2_000_003
@@ -37,30 +46,56 @@ class Posterior:
     (S, ...) and (S, T, ...).
 
     Attributes:
-        density: Log density of a task.
+        prior: The learned prior that adapted; its meta-parameters hold.
         inference: The algorithm that adapted.
-        params: Meta-parameters by name, constrained.
         state: The algorithm's final state, a leading task dimension on every tensor.
         tasks: The observations adapted to, in the user's units.
-        scaling: The learned prior's standardisation, or None.
-        template: Shape of one task's data.
         single: Whether one task was given without a task dimension.
         seed: Seed of draws.
+        restarts: States of the other adaptations from starts of their own, where there are any.
     """
 
-    density: Density
+    prior: "LearnedPrior"
     inference: Inference
-    params: dict[str, Tensor]
     state: Any
     tasks: Tasks
-    scaling: Scaling | None
-    template: Template
     single: bool
     seed: int
+    restarts: tuple[Any, ...] = ()
+
+    @property
+    def density(self) -> Density:
+        """Log density of a task."""
+        return self.prior.density
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Meta-parameters by name, constrained."""
+        return self.prior.params
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """The learned prior's standardisation, or None."""
+        return self.prior.scaling
+
+    @property
+    def template(self) -> Template:
+        """Shape of one task's data."""
+        return self.prior.template
+
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """The states of all restarts, R of them."""
+        return (self.state, *self.restarts)
+
+    @property
+    def num_chains(self) -> int:
+        """C, sequences of draws that began apart: Markov chains of all restarts, or restarts."""
+        return len(self.states) * (self.inference.num_particles if self.inference.num_draws else 1)
 
     @property
     def particles(self) -> Tensor:
-        """Unconstrained particles, (M, D), or (T, M, D) for a batch."""
+        """Unconstrained particles of the first restart, (M, D), or (T, M, D) for a batch."""
         return self.state.particles[0] if self.single else self.state.particles
 
     def diagnostics(self) -> dict[str, Any]:
@@ -80,7 +115,7 @@ class Posterior:
     @property
     def model(self) -> Model:
         """The user's model with the learned meta-parameters and networks in place, for Pyro's own tools."""
-        return learned_model(self.density, self.params)
+        return self.prior.model
 
     def __repr__(self) -> str:
         tasks = "1 task" if len(self) == 1 else f"{len(self)} tasks"
@@ -95,18 +130,62 @@ class Posterior:
         chosen = self.tasks[key]
         single = isinstance(key, str) or not isinstance(key, slice | Sequence | Tensor)
         index = [self.tasks.names.index(name) for name in chosen.names]
-        state = tree_map(lambda value: value[index], self.state)
-        return replace(self, state=state, tasks=chosen, single=single)
+        state, restarts = tree_map(lambda value: value[index], (self.state, self.restarts))
+        return replace(self, state=state, restarts=restarts, tasks=chosen, single=single)
 
     def draws(self, num_samples: int | None = None) -> Tensor:
-        """Unconstrained draws, (S, D) or (S, T, D); None gives each particle once."""
+        """Unconstrained draws, (S, D) or (S, T, D), restart by restart; None gives each particle once.
+
+        Of Markov chains, S evenly spaced ones of all that were kept, chain by chain.
+        """
         if num_samples is None:
-            z = self.state.particles
+            z = torch.cat([state.particles for state in self.states], 1)
         else:
             check_count("num_samples", num_samples, least=1)
             with torch.no_grad(), seeded(self.seed + _STREAM, self.state.particles.device):
-                z = vmap(lambda s: self.inference.sample(s, num_samples, None), randomness="same")(self.state)
+                z = torch.cat([self._sample(*each) for each in self._share_out(num_samples)], 1)
         return self._draw_first(z)
+
+    def _share_out(self, num_samples: int) -> list[tuple[Any, int]]:
+        """Each restart's state, and how many of so many draws come from it."""
+        count, rest = divmod(num_samples, len(self.states))
+        return [(state, count + (i < rest)) for i, state in enumerate(self.states)]
+
+    def _sample(self, state: Any, num_samples: int) -> Tensor:
+        """Draws from one restart, (T, S, D)."""
+        if num_samples == 0:
+            return state.particles[:, :0]
+        drawn: Tensor = vmap(lambda s: self.inference.sample(s, num_samples, None), randomness="same")(state)
+        return drawn
+
+    def sample_stats(self, num_samples: int) -> dict[str, Tensor]:
+        """What is known of each of the draws of `draws(num_samples)`, (S,) or (S, T) each.
+
+        Returns:
+            `lp`, the log joint density of latents in unconstrained coordinates and data, in nats; `log_q`, that of the
+            approximate posterior where it has one (`laplace`): their difference is a log importance weight; of Markov
+            chains `acceptance_rate`, `diverging`, `energy` and `step_size`, see `ChainState`.
+        """
+        z, batch = self._task_first(self.draws(num_samples)), self._as_task_data(self.tasks)
+        with torch.no_grad():
+            found = {"lp": self._adapter.log_joint(z, self.params, batch)}
+            if self.inference.log_prob is not None:
+                found["log_q"] = self._log_q(z)
+        for name in ("acceptance_rate", "diverging", "energy", "step_size") if self.inference.num_draws else ():
+            each = [chains.thin_tasks(getattr(state, name), n) for state, n in self._share_out(num_samples)]
+            found[name] = torch.cat(each, 1)
+        return {name: self._draw_first(value) for name, value in found.items()}
+
+    @property
+    def _adapter(self) -> Adapter:
+        return Adapter(self.density, self.inference, self.prior.start)
+
+    def _log_q(self, z: Tensor) -> Tensor:
+        """Log density, (T, S), of the equal mixture of the restarts' approximations."""
+        log_prob = self.inference.log_prob
+        assert log_prob is not None
+        each = [vmap(lambda s, z: vmap(lambda one: log_prob(s, one))(z))(state, z) for state in self.states]
+        return torch.stack(each).logsumexp(0) - log(len(each))
 
     def sites(self, num_samples: int | None = None) -> dict[str, Tensor]:
         """Draws of every latent site on its support, (S, ...) or (S, T, ...).
@@ -186,20 +265,23 @@ class Posterior:
             for name, value in values.items()
         }
 
-    def to_arviz(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> Any:
-        """Exports to ArviZ: `InferenceData` on ArviZ 0.x, `DataTree` on 1.x.
+    def to_arviz(self, tasks: Tasks | None = None, /, *, num_samples: int | None = None, **data: Any) -> Any:
+        """Exports to ArviZ: `InferenceData` on ArviZ 0.x, `DataTree` on 1.x; see `posterior_tree` for its groups.
 
         Args:
             tasks: Observations to predict and score, or None for those adapted to. Inputs suffice: outputs that
                 are not given are predicted, and neither scored nor shown as observed.
-            num_samples: Draws.
+            num_samples: Draws over all chains, rounded up to as many in each; None takes every draw of Markov chains,
+                and 1,000 a restart elsewhere.
             **data: The same as keyword tensors.
         """
         from bmaml_ppl.diagnostics.posterior_tree import posterior_tree
 
-        check_count("num_samples", num_samples, least=1)
+        if num_samples is not None:
+            check_count("num_samples", num_samples, least=1)
+            num_samples = -(-num_samples // self.num_chains)
         new = self._new_tasks(tasks, data, need_outputs=False)
-        return posterior_tree(self, new, num_samples)
+        return posterior_tree(self, new, num_samples or self.inference.num_draws or 1000)
 
     def as_guide(self) -> Callable[..., dict[str, Tensor]]:
         """A Pyro guide that draws from this posterior, for `pyro.infer.Predictive` and `Importance`.
@@ -221,15 +303,16 @@ class Posterior:
         data, state = one_task(self._as_task_data(self.tasks)).data, tree_map(lambda value: value[0], self.state)
         if hasattr(state, "precision"):
             return posterior_guide(self.density, self.params, gaussian_mixture(state), data)
-        return particle_guide(self.density, self.params, state.particles, data)
+        particles = chains.sample(state, _GUIDE_DRAWS, None) if self.inference.num_draws else state.particles
+        return particle_guide(self.density, self.params, particles, data)
 
     def _mode(self) -> Tensor:
         """The one mode of each task, (T, D)."""
         modes = self.state.particles
-        if self.inference.name != "laplace" or modes.shape[1] != 1:
+        if self.inference.name != "laplace" or modes.shape[1] * len(self.states) != 1:
             raise ValueError(
                 f"linearized=True needs one mode, of inference=laplace(num_particles=1), got {self.inference.name} "
-                f"with {modes.shape[1]} particles; write linearized=False"
+                f"with {modes.shape[1]} particles and {len(self.states)} restarts; write linearized=False"
             )
         return modes[:, 0]
 

@@ -112,6 +112,10 @@ class Inference(NamedTuple):
             has none.
         check: `check(log_density, z)`, once on one task before anything is batched: raises where the inference
             would be wrong for the model; None asks nothing.
+        num_draws: How many of the last steps each give a draw of every particle (Markov chains), 0 for none.
+        visit: `visit(state)`, what is kept of each of those steps.
+        collect: `collect(state, visits) -> State`, once after the last step: `visits` is what was kept, with a leading
+            num_draws on every tensor.
         implicit: Whether steps lead to an optimum of the log density, so that outer gradients follow from the
             implicit function theorem there and none passes through the steps.
     """
@@ -130,3 +134,6 @@ class Inference(NamedTuple):
     log_prob: Callable[[Any, Tensor], Tensor] | None = None
     check: Callable[[LogDensity, Tensor], None] | None = None
     implicit: bool = False
+    num_draws: int = 0
+    visit: Callable[[Any], Any] | None = None
+    collect: Callable[[Any, Any], Any] | None = None

@@ -73,3 +73,10 @@ def test_gradients_go_through_the_plain_graph() -> None:
     (gradient,) = torch.autograd.grad(quick(x)[0], x)
     assert gradient == 6
     assert not quick._programs
+
+
+def test_a_tensor_given_twice_is_two_arguments() -> None:
+    recorded = Recorded(lambda a, b: a - 2 * b)
+    zero = torch.zeros(())
+    assert recorded(zero, zero) == 0
+    assert recorded(torch.tensor(1.0), torch.tensor(3.0)) == -5

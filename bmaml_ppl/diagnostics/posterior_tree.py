@@ -25,37 +25,46 @@ _TASK = "task_id"
 _LABELS = frozenset({"task", "observation", _OBSERVATION, _TASK})
 
 
-def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_samples: int) -> Any:
+def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_draws: int) -> Any:
     """Exports adapted tasks: latents, predictions and their scores at the same draws.
 
     Args:
         posterior: Adapted tasks.
         tasks: The same tasks with observations to predict and score, in the user's units. Outputs that are not
             given are predicted, and neither scored nor shown as observed.
-        num_samples: S, draws.
+        num_draws: S, draws a chain. A chain is a Markov chain of `hmc` or `nuts`, or else one restart.
 
     Returns:
         `InferenceData` or `DataTree` with the groups
 
         - posterior: latent sites in the model's units, and deterministic sites that hold one value per task,
-          (chain=1, draw=S, ...), with a dimension `task` after the draws for a batch of tasks;
+          (chain=C, draw=S, ...), with a dimension `task` after the draws for a batch of tasks;
         - posterior_predictive: observed sites in the user's units, and deterministic sites that run over
           observations, flat along `obs_id`, labelled with `task` and `observation`;
         - log_likelihood: of each observation under each draw, nats per user's unit, flat. Sites that observe
           all rows of a task at once are named `SITE_per_task`;
+        - sample_stats: `lp`, the log joint density; `log_q`, that of the approximation where it is known; of Markov
+          chains `acceptance_rate`, `diverging`, `energy` and `step_size`;
+        - prior, prior_predictive: the same sites before the observations, (chain=1, draw=S, ...);
         - observed_data: sites observed as they are given, in the user's units, flat;
         - constant_data: inputs, flat, and constants per task. An input named as a site is `input_NAME`.
     """
     outline = _Outline.of(tasks, posterior.density.observed, posterior.single)
-    sites = _with_tasks(posterior.sites(num_samples), posterior.single)
-    predicted = _with_tasks(posterior.predict(tasks, num_samples=num_samples), posterior.single)
-    scores = _score(posterior, tasks, num_samples)
+    num_chains = posterior.num_chains
+    total = num_chains * num_draws
+    sites = _with_tasks(posterior.sites(total), posterior.single)
+    predicted = _with_tasks(posterior.predict(tasks, num_samples=total), posterior.single)
+    scores = _score(posterior, tasks, total)
     flat, per_task = _split(predicted, outline)
     layout = _Layout(outline)
+    prior = _draw_prior(posterior.prior, tasks, num_draws, outline)
     return to_tree(
-        posterior=layout.latent({**sites, **per_task}),
-        posterior_predictive=layout.sampled(flat),
-        log_likelihood=layout.sampled(_rename_totals(scores, flat, outline)),
+        posterior=layout.latent({**sites, **per_task}, num_chains),
+        posterior_predictive=layout.sampled(flat, num_chains),
+        log_likelihood=layout.sampled(_rename_totals(scores, flat, outline), num_chains),
+        sample_stats=layout.latent(_with_tasks(posterior.sample_stats(total), posterior.single), num_chains),
+        prior=layout.latent(prior[0]),
+        prior_predictive=layout.sampled(prior[1]),
         observed_data=layout.observed(tasks),
         constant_data=layout.constant(tasks, taken={*sites, *predicted}),
         coords=layout.coords(),
@@ -77,20 +86,28 @@ def prior_tree(learned_prior: "LearnedPrior", tasks: "Tasks", num_samples: int) 
         constant_data; see `posterior_tree`.
     """
     outline = _Outline.of(tasks, learned_prior.density.observed, single=False)
-    sites = _with_tasks(learned_prior.sites(tasks, num_samples=num_samples), single=False)
-    predicted = _with_tasks(learned_prior.predict(tasks, num_samples=num_samples), single=False)
-    flat, per_task = _split(predicted, outline)
+    latents, flat = _draw_prior(learned_prior, tasks, num_samples, outline)
     layout = _Layout(outline)
     return to_tree(
         posterior={},
-        prior=layout.latent({**sites, **per_task}),
+        prior=layout.latent(latents),
         prior_predictive=layout.sampled(flat),
         observed_data=layout.observed(tasks),
-        constant_data=layout.constant(tasks, taken={*sites, *predicted}),
+        constant_data=layout.constant(tasks, taken={*latents, *flat}),
         coords=layout.coords(),
         dims=layout.dims,
         attrs=_describe(learned_prior.inference),
     )
+
+
+def _draw_prior(
+    learned_prior: "LearnedPrior", tasks: "Tasks", num_samples: int, outline: "_Outline"
+) -> tuple[Arrays, Arrays]:
+    """Latents and predictions before the observations, (S, T, ...) each."""
+    sites = _with_tasks(learned_prior.sites(tasks, num_samples=num_samples), single=False)
+    predicted = _with_tasks(learned_prior.predict(tasks, num_samples=num_samples), single=False)
+    flat, per_task = _split(predicted, outline)
+    return {**sites, **per_task}, flat
 
 
 class _Outline(NamedTuple):
@@ -136,20 +153,23 @@ class _Layout:
         labels = flatten_observations(self.outline.mask, self.outline.mask, self.outline.names, dim=_OBSERVATION)[1]
         return {"task": names, _TASK: names, **labels}
 
-    def latent(self, values: Arrays) -> Arrays:
-        """(S, T, ...) -> (1, S, T, ...), or (1, S, ...) for a single task."""
+    def latent(self, values: Arrays, num_chains: int = 1) -> Arrays:
+        """(C S, T, ...) -> (C, S, T, ...), or (C, S, ...) for a single task."""
         single = self.outline.single
         for name, value in values.items():
             self._name_dims(name, [] if single else ["task"], value.ndim - 2)
-        return {name: (value[:, 0] if single else value)[None] for name, value in values.items()}
+        return {name: _in_chains(value[:, 0] if single else value, num_chains) for name, value in values.items()}
 
-    def sampled(self, values: Arrays) -> Arrays:
-        """(S, T, N, ...) -> (1, S, num_real, ...); what holds one value per task keeps its task dimension."""
-        rows = {name: value for name, value in values.items() if self.outline.runs_over_rows(name, value)}
-        others = {name: value[None] for name, value in values.items() if name not in rows}
-        for name, value in others.items():
-            self._name_dims(name, [_TASK], value.ndim - 3)
-        return {name: self._flatten(name, value, 1)[None] for name, value in rows.items()} | others
+    def sampled(self, values: Arrays, num_chains: int = 1) -> Arrays:
+        """(C S, T, N, ...) -> (C, S, num_real, ...); what holds one value per task keeps its task dimension."""
+        found = {}
+        for name, value in values.items():
+            if self.outline.runs_over_rows(name, value):
+                found[name] = _in_chains(self._flatten(name, value, 1), num_chains)
+            else:
+                self._name_dims(name, [_TASK], value.ndim - 2)
+                found[name] = _in_chains(value, num_chains)
+        return found
 
     def observed(self, tasks: "Tasks") -> Arrays:
         """What each site observed; sites that observe something derived from the data are left out."""
@@ -216,6 +236,11 @@ def _rename_totals(scores: Arrays, predicted: Arrays, outline: _Outline) -> Arra
 def _with_tasks(draws: Mapping[str, "Tensor"], single: bool) -> Arrays:
     """(S, ...) of a single task and (S, T, ...) of a batch alike as (S, T, ...)."""
     return {name: _as_numpy(value)[:, None] if single else _as_numpy(value) for name, value in draws.items()}
+
+
+def _in_chains(value: np.ndarray, num_chains: int) -> np.ndarray:
+    """(C S, ...), chain by chain -> (C, S, ...)."""
+    return value.reshape(num_chains, -1, *value.shape[1:])
 
 
 def _as_numpy(value: "Tensor") -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from bmaml_ppl.inference.hmc import hmc
 from bmaml_ppl.inference.laplace import laplace
 from bmaml_ppl.inference.mean_field import mean_field
 from bmaml_ppl.inference.platipus import platipus
@@ -9,9 +10,10 @@ from bmaml_ppl.inference.point import map_estimate
 from bmaml_ppl.inference.svgd import svgd
 from bmaml_ppl.types import Inference
 
-__all__ = ["ALGORITHMS", "laplace", "map_estimate", "mean_field", "platipus", "svgd"]
+__all__ = ["ALGORITHMS", "hmc", "laplace", "map_estimate", "mean_field", "platipus", "svgd"]
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
+    "hmc": hmc,
     "laplace": laplace,
     "map_estimate": map_estimate,
     "mean_field": mean_field,

@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 import bmaml_ppl as bp
-from bmaml_ppl.inference import svgd
+from bmaml_ppl.inference import hmc, laplace, svgd
 
 NAMES = ("a", "b", "c")
 LENGTHS = (14, 10, 12)
 NUM_DRAWS = 60
+EVERY_GROUP = {
+    "posterior",
+    "posterior_predictive",
+    "log_likelihood",
+    "sample_stats",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "constant_data",
+}
 
 
 def line(x: Tensor, dose: Tensor, coef_scale: Tensor, y: Tensor | None = None) -> None:
@@ -86,7 +96,7 @@ def real(values: Tensor, mask: Tensor | None) -> np.ndarray:
 
 
 def test_latents_have_chain_draw_and_task(tree: Any, posterior: bp.Posterior) -> None:
-    assert groups(tree) == {"posterior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
+    assert groups(tree) == EVERY_GROUP
     coef = tree["posterior"]["coef"]
     assert coef.dims == ("chain", "draw", "task", "coef_dim_0")
     assert coef["task"].values.tolist() == list(NAMES)
@@ -192,3 +202,48 @@ def test_components_stay_after_the_observations() -> None:
     assert tree["posterior_predictive"]["obs"].dims == ("chain", "draw", "obs_id", "obs_dim_0")
     assert np.array_equal(tree["observed_data"]["obs"].values, tasks.data["y"].reshape(12, 2).numpy())
     assert tree["log_likelihood"]["obs"].shape == (1, 5, 12)
+
+
+def test_the_posterior_carries_its_prior(tree: Any, prior: bp.LearnedPrior) -> None:
+    before = prior.to_arviz(make_tasks(), num_samples=NUM_DRAWS)
+    for group in ("prior", "prior_predictive"):
+        for name in before[group].data_vars:
+            assert np.array_equal(tree[group][name].values, before[group][name].values)
+            assert tree[group][name].dims == before[group][name].dims
+    spread = {group: float(tree[group]["coef"].std("draw").mean()) for group in ("prior", "posterior")}
+    assert spread["posterior"] < 0.5 * spread["prior"]
+
+
+def test_markov_chains_are_chains(prior: bp.LearnedPrior) -> None:
+    posterior = prior.adapt(make_tasks(), inference=hmc(num_chains=3, num_warmup=40, num_draws=30))
+    tree = posterior.to_arviz()
+    state = posterior.state
+    assert tree["posterior"]["coef"].shape == (3, 30, 3, 2)
+    assert np.array_equal(tree["posterior"]["coef"].values, state.draws.permute(1, 2, 0, 3).numpy())
+    stats = tree["sample_stats"]
+    assert set(stats.data_vars) == {"lp", "acceptance_rate", "diverging", "energy", "step_size"}
+    assert stats["diverging"].dtype == bool
+    np.testing.assert_allclose(stats["lp"].values, state.log_density.permute(1, 2, 0).numpy(), atol=1e-3)
+    assert np.array_equal(stats["energy"].values, state.energy.permute(1, 2, 0).numpy())
+    assert posterior.to_arviz(num_samples=31)["posterior"]["coef"].shape == (3, 11, 3, 2)
+    assert posterior["b"].to_arviz()["sample_stats"]["lp"].shape == (3, 30)
+    assert float(arviz.rhat(tree["posterior"])["coef"].max()) < 1.5
+
+
+def test_restarts_are_chains(prior: bp.LearnedPrior) -> None:
+    posterior = prior.adapt(make_tasks(), num_restarts=3)
+    coef = posterior.to_arviz(num_samples=60)["posterior"]["coef"].values
+    assert coef.shape == (3, 20, 3, 2)
+    assert not np.array_equal(coef[0], coef[1])
+    alone = prior.adapt(make_tasks())
+    assert torch.equal(alone.state.particles, posterior.state.particles)
+    assert len(posterior["b"].states) == 3
+
+
+def test_laplace_knows_its_log_density(prior: bp.LearnedPrior) -> None:
+    # The task is linear and normal, so that Laplace's posterior is exact: log p - log q is the log evidence.
+    posterior = prior.adapt(make_tasks(), inference=laplace())
+    stats = posterior.to_arviz(num_samples=50)["sample_stats"]
+    ratio = (stats["lp"] - stats["log_q"]).values
+    expected = posterior.diagnostics()["log_evidence"].numpy()
+    np.testing.assert_allclose(ratio, np.broadcast_to(expected, ratio.shape), atol=1e-3)

@@ -39,6 +39,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         )
     ]
     + [{"noise": "fresh"}],
+    "hmc": [
+        {"num_chains": m, "num_warmup": 2, "num_draws": 3, "num_leapfrog": 2, "mass_matrix": k}
+        for m, k in ((1, "dense"), (3, "diagonal"), (2, "identity"))
+    ],
     "platipus": [
         {"num_particles": 3, "preconditioner": p, "learn_step_size": s} for p in PRECONDITIONERS for s in LEARNED
     ],
@@ -88,9 +92,12 @@ def _banana(z: Tensor) -> Tensor:
 
 
 def _run(inference: Inference, prior: dict[str, Tensor], log_density: LogDensity, steps: int) -> Any:
-    state = inference.init(prior)
+    state, visits = inference.init(prior), []
     for _ in range(steps):
         state = inference.update(state, log_density)
+        visits.append(None if inference.visit is None else inference.visit(state))
+    if inference.collect is not None:
+        state = inference.collect(state, tree_map(lambda *kept: torch.stack(kept), *visits[-inference.num_draws :]))
     return state if inference.measure is None else inference.measure(state, log_density)
 
 

@@ -1,6 +1,7 @@
 """The meta-learned prior: what the outer loop returns, and what adapts to new tasks."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -259,12 +260,20 @@ class LearnedPrior:
         with torch.no_grad(), seeded(self.seed, self.device):
             return self._adapter(None).draw_unadapted(self.params, batch, num_samples)
 
-    def to_arviz(self, tasks: Tasks, /, *, num_samples: int = 1000) -> Any:
+    def to_arviz(
+        self,
+        tasks: Tasks,
+        /,
+        *,
+        num_samples: int = 1000,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
         """Exports prior and prior predictive draws to ArviZ; see `Posterior.to_arviz`."""
         from bmaml_ppl.diagnostics.posterior_tree import prior_tree
 
         check_count("num_samples", num_samples, least=1)
-        return prior_tree(self, tasks, num_samples)
+        return prior_tree(self, tasks, num_samples, coords, dims)
 
     def save(self, path: str | Path) -> None:
         """Writes tensors and the schema of sites and settings to one safetensors file; see `load_prior`."""

@@ -219,7 +219,7 @@ class Posterior:
             (S, T, N, ...), as `pyro.infer.Predictive` gives them. Padded rows of observed sites are NaN.
         """
         check_count("num_samples", num_samples, least=1)
-        new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=False))
+        new = self._as_task_data(self.read_tasks(tasks, data, need_outputs=False))
         z = self._task_first(self.draws(num_samples))
         if linearized:
             modes = self._mode()
@@ -249,7 +249,7 @@ class Posterior:
             Observed site -> (M, N) or (M, T, N), S in place of M for draws; NaN at padded rows. A site that
             observes all rows at once has (M,) or (M, T).
         """
-        new = self._as_task_data(self._new_tasks(tasks, data, need_outputs=True))
+        new = self._as_task_data(self.read_tasks(tasks, data, need_outputs=True))
 
         def of_task(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
             return vmap(lambda particle: self.density.log_likelihood(particle, self.params, task))(z)
@@ -265,7 +265,16 @@ class Posterior:
             for name, value in values.items()
         }
 
-    def to_arviz(self, tasks: Tasks | None = None, /, *, num_samples: int | None = None, **data: Any) -> Any:
+    def to_arviz(
+        self,
+        tasks: Tasks | None = None,
+        /,
+        *,
+        num_samples: int | None = None,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        **data: Any,
+    ) -> Any:
         """Exports to ArviZ: `InferenceData` on ArviZ 0.x, `DataTree` on 1.x; see `posterior_tree` for its groups.
 
         Args:
@@ -273,6 +282,9 @@ class Posterior:
                 are not given are predicted, and neither scored nor shown as observed.
             num_samples: Draws over all chains, rounded up to as many in each; None takes every draw of Markov chains,
                 and 1,000 a restart elsewhere.
+            coords: Index values of sites' own dimensions: `{"term": ["intercept", "slope"]}`.
+            dims: Names of sites' own dimensions: `{"coef": ["term"]}`. Without, a dimension is called as the
+                `pyro.plate` around the site, or else `coef_dim_0`.
             **data: The same as keyword tensors.
         """
         from bmaml_ppl.diagnostics.posterior_tree import posterior_tree
@@ -280,8 +292,8 @@ class Posterior:
         if num_samples is not None:
             check_count("num_samples", num_samples, least=1)
             num_samples = -(-num_samples // self.num_chains)
-        new = self._new_tasks(tasks, data, need_outputs=False)
-        return posterior_tree(self, new, num_samples or self.inference.num_draws or 1000)
+        new = self.read_tasks(tasks, data, need_outputs=False)
+        return posterior_tree(self, new, num_samples or self.inference.num_draws or 1000, coords, dims)
 
     def as_guide(self) -> Callable[..., dict[str, Tensor]]:
         """A Pyro guide that draws from this posterior, for `pyro.infer.Predictive` and `Importance`.
@@ -316,7 +328,8 @@ class Posterior:
             )
         return modes[:, 0]
 
-    def _new_tasks(self, tasks: Tasks | None, data: Mapping[str, Any], *, need_outputs: bool) -> Tasks:
+    def read_tasks(self, tasks: Tasks | None, data: Mapping[str, Any], *, need_outputs: bool) -> Tasks:
+        """What a user gives of the adapted tasks, as `Tasks` in the user's units; nothing is those adapted to."""
         if tasks is None and not data:
             return self.tasks
         like = self.state.particles

@@ -1,6 +1,6 @@
 """Export to ArviZ: numpy arrays in, a tree of labelled groups out, on ArviZ 0.x and 1.x alike.
 
-This is the only module that imports ArviZ (inside `to_tree`), and it imports no torch.
+This is the only module that imports ArviZ (inside its functions), and it imports no torch.
 
 Particles and draws of an approximate posterior go out as `chain=1` x `draw=S`: with ArviZ's single `sample`
 dimension `loo` and `summary` fail. Observations go out flat, `(obs_id,)` with the task of each as a
@@ -14,31 +14,38 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["flatten_observations", "save_tree", "to_tree"]
+__all__ = ["ess", "flatten_observations", "pareto_khat", "rhat", "save_tree", "to_tree"]
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 Coords: TypeAlias = Mapping[str, Any]
 
 _FAMILIES = (
-    ("posterior", "posterior_predictive", "log_likelihood", "sample_stats"),
+    ("posterior", "posterior_predictive", "log_likelihood", "log_prior", "sample_stats"),
     ("prior", "prior_predictive"),
+    ("prior_sbc",),
 )
+# ArviZ 0.x's `from_dict` drops these without a word, and reads them from files all the same.
+_ADDED = ("log_prior", "prior_sbc")
 _ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
     ".nc": {"h5netcdf": ("h5netcdf", "h5py"), "netcdf4": ("netCDF4",)},
     ".zarr": {"zarr": ("zarr",)},
 }
+_FEWEST_RATIOS = 30
+_EQUAL_RATIOS = 0.01
 
 
 def to_tree(
     *,
-    posterior: Arrays,
+    posterior: Arrays | None = None,
     posterior_predictive: Arrays | None = None,
     log_likelihood: Arrays | None = None,
+    log_prior: Arrays | None = None,
     prior: Arrays | None = None,
     prior_predictive: Arrays | None = None,
     observed_data: Arrays | None = None,
     constant_data: Arrays | None = None,
     sample_stats: Arrays | None = None,
+    prior_sbc: Arrays | None = None,
     coords: Coords | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     attrs: Mapping[str, Any] | None = None,
@@ -52,11 +59,15 @@ def to_tree(
         posterior: Draws by site, each `(chain, draw, ...)`.
         posterior_predictive: Predicted observations by site, each `(chain, draw, ...)`.
         log_likelihood: Pointwise log-likelihoods by observed site (nats), each `(chain, draw, ...)`.
+        log_prior: Log densities by site (nats) of the posterior's draws under the prior, each `(chain, draw, ...)`;
+            `psense` of ArviZ 1.x reads them.
         prior: Draws from the prior by site, each `(chain, draw, ...)`; may hold other numbers of draws.
         prior_predictive: Predictions from the prior by site, each `(chain, draw, ...)`.
         observed_data: Observations by site, without sample dimensions.
         constant_data: Inputs by name, without sample dimensions.
         sample_stats: Statistics of the draws by name, each `(chain, draw, ...)`.
+        prior_sbc: PIT values in [0, 1] of simulation-based calibration by quantity, each `(1, simulation, ...)`;
+            `plot_ecdf_pit` of ArviZ 1.x reads them.
         coords: By dimension, either its index values, or a mapping of labels `{name: values}` that lie along
             it, as `flatten_observations` gives them.
         dims: By variable, the names of its dimensions after `(chain, draw)`.
@@ -72,9 +83,11 @@ def to_tree(
         "posterior": posterior,
         "posterior_predictive": posterior_predictive,
         "log_likelihood": log_likelihood,
+        "log_prior": log_prior,
         "sample_stats": sample_stats,
         "prior": prior,
         "prior_predictive": prior_predictive,
+        "prior_sbc": prior_sbc,
     }
     groups = _as_arrays(sampled)
     for family in _FAMILIES:
@@ -113,9 +126,21 @@ def _check_samples(groups: Mapping[str, Arrays]) -> None:
 def _build_tree(groups: dict[str, Any], index: Coords, dims: Mapping[str, list[str]], attrs: dict[str, Any]) -> Any:
     import arviz
 
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return arviz.from_dict(**groups, coords=index, dims=dims, attrs=attrs)
-    return arviz.from_dict(groups, sample_dims=["chain", "draw"], coords=index, dims=dims, attrs={"/": attrs})
+    known = {group: arrays for group, arrays in groups.items() if group not in _ADDED}
+    if _is_old(arviz):
+        tree = arviz.from_dict(**known, coords=index, dims=dims, attrs=attrs)
+    else:
+        tree = arviz.from_dict(known, sample_dims=["chain", "draw"], coords=index, dims=dims, attrs={"/": attrs})
+    for group in groups.keys() - known.keys():
+        # Log densities lack the dimensions of one event.
+        fitting = {name: dims[name][: array.ndim - 2] for name, array in groups[group].items() if name in dims}
+        dataset = arviz.dict_to_dataset(groups[group], coords=index, dims=fitting)
+        tree.add_groups({group: dataset}) if _is_old(arviz) else tree.update({group: type(tree)(dataset)})
+    return tree
+
+
+def _is_old(arviz: Any) -> bool:
+    return int(arviz.__version__.split(".")[0]) < 1
 
 
 def _attach_labels(tree: Any, groups: Sequence[str], labels: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -227,3 +252,71 @@ def _find_engine(suffix: str) -> str:
             return engine
     packages = " or ".join(" ".join(modules) for modules in _ENGINES[suffix].values())
     raise ModuleNotFoundError(f"Saving to {suffix} needs {packages}. Run: pip install {modules[-1]}")
+
+
+def rhat(draws: np.ndarray) -> np.ndarray:
+    """Rank-normalised split R-hat of chains, `(C, S, ...) -> (...)`; NaN for one chain or fewer than 4 draws.
+
+    References:
+        Vehtari et al. (2021), Rank-normalization, folding, and localization: an improved R-hat, section 4.
+    """
+    return _diagnose("rhat", draws)
+
+
+def ess(draws: np.ndarray) -> np.ndarray:
+    """Bulk effective number of draws of chains, `(C, S, ...) -> (...)`, from the same paper; NaN below 4 draws."""
+    return _diagnose("ess", draws)
+
+
+def _diagnose(statistic: str, draws: np.ndarray) -> np.ndarray:
+    import arviz
+
+    draws = np.asarray(draws)
+    _check_samples({"draws": {"x": draws}})
+    if draws.shape[1] < 4 or (statistic == "rhat" and draws.shape[0] < 2):
+        return np.full(draws.shape[2:], np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of draws that do not vary
+        found = getattr(arviz, statistic)(arviz.dict_to_dataset({"x": draws}))
+    return np.asarray(found["x"].values, dtype=float)
+
+
+def pareto_khat(log_ratios: np.ndarray) -> np.ndarray:
+    """Shape of the Pareto tail of importance ratios: above about 0.7, what drew them misses much of the target.
+
+    References:
+        Yao et al. (2018), Yes, but did it work?: evaluating variational inference, section 3.1.
+        Vehtari et al. (2024), Pareto smoothed importance sampling, equation 13 for what is too large at S draws:
+        min(1 - 1 / log10 S, 0.7).
+
+    Args:
+        log_ratios: Log of target over proposal at S draws from the proposal, up to a constant, `(..., S)`: of a
+            Laplace posterior, `lp - log_q` of `sample_stats`.
+
+    Returns:
+        k-hat, `(...)`; 0 where the largest ratios are all within a hundredth of each other, inf where some are not
+        numbers.
+
+    Raises:
+        ValueError: If there are fewer than 30 draws, too few for a tail.
+    """
+    ratios = np.array(log_ratios, dtype=float)
+    if ratios.ndim == 0 or ratios.shape[-1] < _FEWEST_RATIOS:
+        raise ValueError(
+            f"log_ratios has shape {ratios.shape}; k-hat needs (..., S) with S of {_FEWEST_RATIOS} draws or more"
+        )
+    return np.apply_along_axis(_fit_tail, -1, ratios)
+
+
+def _fit_tail(log_ratios: np.ndarray) -> float:
+    import arviz
+
+    largest = np.sort(log_ratios)[-int(min(len(log_ratios) / 5, 3 * len(log_ratios) ** 0.5)) - 1 :]
+    if not np.isfinite(largest[-1]):
+        return np.inf
+    if largest[-1] - largest[0] < _EQUAL_RATIOS:  # rounding has no tail
+        return 0.0
+    if _is_old(arviz):
+        return float(arviz.psislw(log_ratios)[1])
+    from arviz_stats.base import array_stats
+
+    return float(array_stats.psislw(-log_ratios)[1])  # 1.x takes the logarithm of the inverse

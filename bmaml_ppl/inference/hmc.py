@@ -22,6 +22,7 @@ MassMatrix = Literal["auto", "dense", "diagonal", "identity"]
 
 _DENSE_LIMIT = 100
 _DIVERGENCE = 1000.0
+_POSITIONS = 3.0
 _LONGEST = log(3 * pi / 4)
 _FIRST_STEP, _WHITE_STEP = 0.1, 0.6
 _GAMMA, _T0, _KAPPA = 0.05, 10.0, 0.75
@@ -106,7 +107,7 @@ def hmc(
     num_chains: int = 4,
     num_warmup: int = 300,
     num_draws: int = 500,
-    num_leapfrog: int = 8,
+    num_leapfrog: int = 6,
     target_accept: float = 0.8,
     mass_matrix: MassMatrix = "auto",
     init: Start = "prior",
@@ -288,13 +289,18 @@ def _gather(warmup: Warmup, z: Tensor) -> Warmup:
 
 
 def _end_window(warmup: Warmup) -> Warmup:
-    """Takes the window's covariance, shrunk toward a small multiple of I as Stan does, and begins the next."""
+    """Takes the window's covariance, shrunk toward a small multiple of I as Stan does, and begins the next.
+
+    In a window of few positions correlations count for less: without that, directions in which chains happened not to
+    move would never be moved in again.
+    """
     count = warmup.num_visited.clamp_min(2.0)
     covariance = warmup.scatter / (count - 1) * count / (count + 5)
     ridge = 1e-3 * 5 / (count + 5)
     if covariance.ndim == 2:
         eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        scale = torch.linalg.cholesky_ex(covariance + ridge * eye).L
+        trust = count / (count + _POSITIONS * len(covariance))
+        scale = torch.linalg.cholesky_ex(covariance * (trust + (1 - trust) * eye) + ridge * eye).L
     else:
         scale = (covariance + ridge).sqrt()
     # Whitened afresh, the best step is below one whatever it was before.

@@ -27,7 +27,7 @@ from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
 from bmaml_ppl.types import Inference, Model, Start
 
-__all__ = ["History", "LearnedPrior"]
+__all__ = ["History", "LearnedPrior", "choose_chunk_size", "record"]
 
 _CHUNK_BYTES = 2**28
 _MOST_RECORDED = 8
@@ -73,7 +73,7 @@ class _Adapters:
             self.seen.update(keys)
         for key in set(keys) & self.seen - self.recorded.keys():
             if len(self.recorded) < _MOST_RECORDED:
-                self.recorded[key] = _record(adapter)
+                self.recorded[key] = record(adapter)
         if len(self.recorded) < _MOST_RECORDED and len(self.seen) < _MOST_SEEN:
             self.seen.update(keys)
         return [self.recorded.get(key, adapter) for key in keys]
@@ -84,7 +84,8 @@ class _Adapters:
         return adapter.inference.name, repr(sorted(adapter.inference.config.items())), adapter.start, layout
 
 
-def _record(adapter: Adapter) -> Adapter:
+def record(adapter: Adapter) -> Adapter:
+    """The same adapter as graphs of tensor operations, run by TorchScript's interpreter where it can."""
     recorded = replace(adapter, recorded=True)
     for function in vars(recorded).values():
         if isinstance(function, Recorded):
@@ -141,7 +142,7 @@ class LearnedPrior:
     @property
     def device(self) -> torch.device:
         """Where the meta-parameters live."""
-        return self._like.device
+        return self.like.device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LearnedPrior":
         """Moves the prior."""
@@ -188,17 +189,17 @@ class LearnedPrior:
             RepairedCurvature: If the curvature of some tasks was not positive definite (`laplace`).
             NotConverged: If the optimiser of some tasks stopped short (implicit gradients).
         """
-        given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self._like)
+        given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self.like)
         if given.mask is not None:
             self.density.refuse_unmaskable(given.data)
-        adapter = self._adapter(inference)
+        adapter = self.bind(inference)
         seed = self.seed if seed is None else seed
         batch = as_task_data(replace(given, scaling=self.scaling))
         check_observations(self.density, self.params, batch.data, batch.mask, given.names)
         if inference is not None:
             check_inference(adapter.inference, self.density, self.params, one_task(batch))
         steps = _num_steps(adapter.inference, num_steps)
-        chunk = _chunk_size(adapter, batch) if chunk_size is None else chunk_size
+        chunk = choose_chunk_size(adapter, batch) if chunk_size is None else chunk_size
         check_count("chunk_size", chunk, least=1)
         check_count("num_restarts", num_restarts, least=1)
         parts = _chunks(batch, len(given), chunk)
@@ -206,7 +207,7 @@ class LearnedPrior:
         states = []
         for restart in range(num_restarts):
             runs = zip(adapters, parts, strict=True)
-            found = [self._adapt(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs]
+            found = [self.run(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs]
             states.append(tree_map(lambda *parts: torch.cat(parts), *found))
             _check_finite(states[-1].particles, given)
             check_measured(states[-1], self.density.sites, given.names, must_converge=adapter.inference.implicit)
@@ -252,13 +253,13 @@ class LearnedPrior:
         return {name: value[0] if single else value.transpose(0, 1) for name, value in values.items()}
 
     def _inputs(self, tasks: Tasks | None, data: dict[str, Any]) -> tuple[TaskData, bool]:
-        given, single = self.template.to_tasks(tasks, data, need_outputs=False, like=self._like)
+        given, single = self.template.to_tasks(tasks, data, need_outputs=False, like=self.like)
         return as_task_data(replace(given, scaling=self.scaling)), single
 
     def _draw(self, batch: TaskData, num_samples: int) -> Tensor:
         """Unconstrained draws from the learned prior, (T, S, D)."""
         with torch.no_grad(), seeded(self.seed, self.device):
-            return self._adapter(None).draw_unadapted(self.params, batch, num_samples)
+            return self.bind(None).draw_unadapted(self.params, batch, num_samples)
 
     def to_arviz(
         self,
@@ -282,10 +283,12 @@ class LearnedPrior:
         save_prior(self, path)
 
     @property
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
+        """A meta-parameter, of the dtype and on the device of all."""
         return next(iter(self.params.values()))
 
-    def _adapter(self, inference: Inference | None) -> Adapter:
+    def bind(self, inference: Inference | None = None) -> Adapter:
+        """An inference, or the one learned with, bound to the learned density."""
         if inference is None:
             return Adapter(self.density, self.inference, self.start)
         bound = ALGORITHMS[inference.name](**inference.config, sites=self.density.sites)
@@ -301,7 +304,8 @@ class LearnedPrior:
                 )
         return Adapter(self.density, bound, start)
 
-    def _adapt(self, adapter: Adapter, batch: TaskData, num_steps: int, seed: int) -> Any:
+    def run(self, adapter: Adapter, batch: TaskData, num_steps: int, seed: int) -> Any:
+        """Each task's state after adaptation, without gradients and under a seed of its own."""
         with torch.no_grad(), seeded(seed, self.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="a step could not be recorded")
             return adapter.adapt(self.params, batch, num_steps)
@@ -329,7 +333,7 @@ def _check_learned(needed: dict[str, Tensor], params: dict[str, Tensor]) -> None
             )
 
 
-def _chunk_size(adapter: Adapter, batch: TaskData) -> int:
+def choose_chunk_size(adapter: Adapter, batch: TaskData) -> int:
     """Tasks whose particles, kernels, Hessians and Jacobians fit into a fixed budget together."""
     rows = max(value[0].numel() for value in batch.data.values())
     dim, num = adapter.density.dim, adapter.inference.num_particles

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.diagnostics import findings as ask
-from bmaml_ppl.diagnostics.findings import Evidence, Finding
+from bmaml_ppl.diagnostics import findings, fit
+from bmaml_ppl.diagnostics.evidence import Evidence, Finding
 
 if TYPE_CHECKING:
     from bmaml_ppl.posterior import Posterior
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["Verdict", "check"]
 
 _QUESTIONS: tuple[Callable[[Evidence], Finding | list[Finding] | None], ...] = (
-    ask.find_finite,
-    ask.find_spread,
-    ask.find_curvature,
-    ask.find_khat,
-    ask.find_chains,
-    ask.find_restarts,
-    ask.find_conflict,
-    ask.find_fit,
-    ask.find_coverage,
+    findings.find_finite,
+    findings.find_spread,
+    findings.find_curvature,
+    findings.find_khat,
+    findings.find_chains,
+    findings.find_restarts,
+    fit.find_conflict,
+    fit.find_fit,
+    fit.find_coverage,
 )
 _SHOWN_TASKS = 4
 

@@ -1,10 +1,14 @@
 """What of a posterior, or of a learned prior, goes into which group of an ArviZ tree."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+from torch.func import vmap
 
+from bmaml_ppl.adaptation import as_task_data, one_task
 from bmaml_ppl.diagnostics.export import flatten_observations, to_tree
 
 if TYPE_CHECKING:
@@ -18,14 +22,22 @@ if TYPE_CHECKING:
 __all__ = ["posterior_tree", "prior_tree"]
 
 Arrays = dict[str, np.ndarray]
+Dims = Mapping[str, Sequence[str]]
 
 _OBSERVATION = "obs_id"
 # `task` labels each observation, so that a dimension beside observations needs another name.
 _TASK = "task_id"
 _LABELS = frozenset({"task", "observation", _OBSERVATION, _TASK})
+_RESERVED = _LABELS | {"chain", "draw"}
 
 
-def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_draws: int) -> Any:
+def posterior_tree(
+    posterior: "Posterior",
+    tasks: "Tasks",
+    num_draws: int,
+    coords: Mapping[str, Any] | None = None,
+    dims: Dims | None = None,
+) -> Any:
     """Exports adapted tasks: latents, predictions and their scores at the same draws.
 
     Args:
@@ -33,6 +45,9 @@ def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_draws: int) -> An
         tasks: The same tasks with observations to predict and score, in the user's units. Outputs that are not
             given are predicted, and neither scored nor shown as observed.
         num_draws: S, draws a chain. A chain is a Markov chain of `hmc` or `nuts`, or else one restart.
+        coords: Index values of sites' own dimensions, by dimension.
+        dims: Names of a site's own dimensions (those of one draw of one task, or of one observation), by site. Where
+            none are given, a dimension is named as the `pyro.plate` around the site, or else `SITE_dim_0`.
 
     Returns:
         `InferenceData` or `DataTree` with the groups
@@ -43,22 +58,29 @@ def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_draws: int) -> An
           observations, flat along `obs_id`, labelled with `task` and `observation`;
         - log_likelihood: of each observation under each draw, nats per user's unit, flat. Sites that observe
           all rows of a task at once are named `SITE_per_task`;
+        - log_prior: log density of each latent site at the posterior's draws, in nats, without log-Jacobians;
         - sample_stats: `lp`, the log joint density; `log_q`, that of the approximation where it is known; of Markov
-          chains `acceptance_rate`, `diverging`, `energy` and `step_size`;
+          chains `acceptance_rate`, `diverging`, `energy` and `step_size`. `arviz.loo_approximate_posterior` of several
+          tasks wants those of each observation's own task: `lp.sel(task=tree["log_likelihood"]["task"])`;
         - prior, prior_predictive: the same sites before the observations, (chain=1, draw=S, ...);
         - observed_data: sites observed as they are given, in the user's units, flat;
         - constant_data: inputs, flat, and constants per task. An input named as a site is `input_NAME`.
+
+    Raises:
+        ValueError: If coords or dims do not fit the sites; the message names the site or the dimension.
     """
-    outline = _Outline.of(tasks, posterior.density.observed, posterior.single)
+    outline = _Outline.of(posterior.prior, tasks, posterior.single)
     num_chains = posterior.num_chains
     total = num_chains * num_draws
     sites = _with_tasks(posterior.sites(total), posterior.single)
     predicted = _with_tasks(posterior.predict(tasks, num_samples=total), posterior.single)
     scores = _score(posterior, tasks, total)
     flat, per_task = _split(predicted, outline)
-    layout = _Layout(outline)
+    layout = _Layout(outline, dims)
     prior = _draw_prior(posterior.prior, tasks, num_draws, outline)
+    log_priors = _with_tasks(_score_prior(posterior, total), posterior.single)
     return to_tree(
+        log_prior=layout.latent(log_priors, num_chains),
         posterior=layout.latent({**sites, **per_task}, num_chains),
         posterior_predictive=layout.sampled(flat, num_chains),
         log_likelihood=layout.sampled(_rename_totals(scores, flat, outline), num_chains),
@@ -67,34 +89,41 @@ def posterior_tree(posterior: "Posterior", tasks: "Tasks", num_draws: int) -> An
         prior_predictive=layout.sampled(prior[1]),
         observed_data=layout.observed(tasks),
         constant_data=layout.constant(tasks, taken={*sites, *predicted}),
-        coords=layout.coords(),
+        coords=layout.coords(coords),
         dims=layout.dims,
         attrs=_describe(posterior.inference),
     )
 
 
-def prior_tree(learned_prior: "LearnedPrior", tasks: "Tasks", num_samples: int) -> Any:
+def prior_tree(
+    learned_prior: "LearnedPrior",
+    tasks: "Tasks",
+    num_samples: int,
+    coords: Mapping[str, Any] | None = None,
+    dims: Dims | None = None,
+) -> Any:
     """Exports what the learned prior says of tasks before their observations: prior and prior predictive.
 
     Args:
         learned_prior: The learned prior.
         tasks: Tasks whose inputs to predict at; their outputs, if there, go to `observed_data`.
         num_samples: S, draws.
+        coords: As in `posterior_tree`.
+        dims: As in `posterior_tree`.
 
     Returns:
         `InferenceData` or `DataTree` with the groups prior, prior_predictive, observed_data and
         constant_data; see `posterior_tree`.
     """
-    outline = _Outline.of(tasks, learned_prior.density.observed, single=False)
+    outline = _Outline.of(learned_prior, tasks, single=False)
     latents, flat = _draw_prior(learned_prior, tasks, num_samples, outline)
-    layout = _Layout(outline)
+    layout = _Layout(outline, dims)
     return to_tree(
-        posterior={},
         prior=layout.latent(latents),
         prior_predictive=layout.sampled(flat),
         observed_data=layout.observed(tasks),
         constant_data=layout.constant(tasks, taken={*latents, *flat}),
-        coords=layout.coords(),
+        coords=layout.coords(coords),
         dims=layout.dims,
         attrs=_describe(learned_prior.inference),
     )
@@ -119,6 +148,7 @@ class _Outline(NamedTuple):
         names: Task names.
         mask: True where an observation is real, (T, N).
         single: Whether one task is shown without a task dimension.
+        plates: Of each site, the plate that each dimension of its value in one task runs over, or None.
     """
 
     observed: Mapping[str, str | None]
@@ -126,12 +156,14 @@ class _Outline(NamedTuple):
     names: Sequence[str]
     mask: np.ndarray
     single: bool
+    plates: Mapping[str, Sequence[str | None]]
 
     @classmethod
-    def of(cls, tasks: "Tasks", observed: Mapping[str, str | None], single: bool) -> "_Outline":
+    def of(cls, learned_prior: "LearnedPrior", tasks: "Tasks", single: bool) -> "_Outline":
         first = next(iter(tasks.data.values()))
         mask = np.ones(first.shape[:2], dtype=bool) if tasks.mask is None else _as_numpy(tasks.mask)
-        return cls(observed, frozenset(tasks.constants), tasks.names, mask, single)
+        plates, observed = _find_plates(learned_prior, tasks), learned_prior.density.observed
+        return cls(observed, frozenset(tasks.constants), tasks.names, mask, single, plates)
 
     def runs_over_rows(self, name: str, values: np.ndarray) -> bool:
         """Whether (S, T, ...) goes on with the observations of a task."""
@@ -140,24 +172,103 @@ class _Outline(NamedTuple):
         return values.ndim > 2 and values.shape[2] == self.mask.shape[1]
 
 
-class _Layout:
-    """Gives arrays their place in the tree and remembers the names of their dimensions."""
+def _find_plates(learned_prior: "LearnedPrior", tasks: "Tasks") -> dict[str, list[str | None]]:
+    """Of each site, the plate that each dimension of its value in one task runs over."""
+    density, params = learned_prior.density, learned_prior.params
+    task = one_task(as_task_data(replace(tasks, scaling=learned_prior.scaling))).data
+    z = next(iter(params.values())).new_zeros(density.dim)
+    with torch.no_grad():
+        records = density.observe(z, params, density.without_outputs(task))
+    found: dict[str, list[str | None]] = {}
+    for name, record in records.items():
+        num_batch = len(record.fn.batch_shape)
+        found[name] = [None] * (num_batch + len(record.fn.event_shape))
+        for dim, plate in record.plates:
+            if -dim <= num_batch:
+                found[name][num_batch + dim] = plate
+    return found
 
-    def __init__(self, outline: _Outline) -> None:
-        self.outline = outline
+
+class _Names:
+    """Names of dimensions: the user's, else those of plates, else `VARIABLE_dim_0`.
+
+    Args:
+        given: The user's names of variables' own dimensions.
+        plates: See `_Outline`.
+    """
+
+    def __init__(self, given: Dims | None, plates: Mapping[str, Sequence[str | None]]) -> None:
+        self.given = dict(given or {})
+        self.plates = plates
         self.dims: dict[str, list[str]] = {}
+        self.lengths: dict[str, int] = {}
+        self.num_own: dict[str, int] = {}
 
-    def coords(self) -> dict[str, Any]:
-        """Names of tasks, and the task and place of each observation."""
+    def add(self, variable: str, first: list[str], shape: Sequence[int], num_skipped: int = 0) -> None:
+        """Names a variable's dimensions: the first ones, and its own, of this shape.
+
+        A variable's log-densities may have been named before, or be named later: they lack some of its dimensions.
+        """
+        if variable in self.dims and len(shape) <= self.num_own[variable]:
+            return
+        plates = dict(enumerate(self.plates.get(variable, ())[num_skipped:]))
+        auto = [self._usable(plates.get(i), length) or f"{variable}_dim_{i}" for i, length in enumerate(shape)]
+        own = [*self.given.get(variable, auto)]
+        self.lengths |= dict(zip(own, shape, strict=False))
+        self.dims[variable], self.num_own[variable] = [*first, *own[: len(shape)]], len(shape)
+
+    def _usable(self, plate: str | None, length: int) -> str | None:
+        free = plate not in _RESERVED and self.lengths.get(plate or "", length) == length
+        return plate if free else None
+
+    def check(self, coords: Mapping[str, Any]) -> None:
+        """Raises ValueError where the user's names, or index values, fit no variable."""
+        if unknown := sorted({*self.given} - {*self.dims}):
+            raise ValueError(f"dims names {unknown[0]!r}, and there are {sorted(self.dims)}; write one of them")
+        for variable, given in self.given.items():
+            if isinstance(given, str) or len(given) != self.num_own[variable]:
+                raise ValueError(
+                    f"dims gives {variable!r} the dimensions {given!r}; it has {self.num_own[variable]} of its own, "
+                    "after chain, draw and task or observation: list a name for each"
+                )
+            if taken := sorted({*given} & _RESERVED):
+                raise ValueError(f"dims gives {variable!r} a dimension {taken[0]!r}, a name that is taken; rename it")
+        for dim, values in coords.items():
+            if self.lengths.get(dim) != len(values):
+                raise ValueError(
+                    f"coords gives {len(values)} values along {dim!r}; sites' own dimensions are {self.lengths}"
+                )
+
+
+class _Layout:
+    """Gives arrays their place in the tree and names their dimensions.
+
+    Args:
+        outline: What is known of the tasks.
+        dims: The user's names of sites' own dimensions.
+    """
+
+    def __init__(self, outline: _Outline, dims: Dims | None = None) -> None:
+        self.outline = outline
+        self.names = _Names(dims, outline.plates)
+
+    @property
+    def dims(self) -> dict[str, list[str]]:
+        """Names of dimensions after (chain, draw), by variable."""
+        return self.names.dims
+
+    def coords(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Names of tasks, the task and place of each observation, and the user's; to be called last."""
+        self.names.check(given or {})
         names = np.asarray([str(name) for name in self.outline.names])
         labels = flatten_observations(self.outline.mask, self.outline.mask, self.outline.names, dim=_OBSERVATION)[1]
-        return {"task": names, _TASK: names, **labels}
+        return {"task": names, _TASK: names, **labels, **(given or {})}
 
     def latent(self, values: Arrays, num_chains: int = 1) -> Arrays:
         """(C S, T, ...) -> (C, S, T, ...), or (C, S, ...) for a single task."""
         single = self.outline.single
         for name, value in values.items():
-            self._name_dims(name, [] if single else ["task"], value.ndim - 2)
+            self.names.add(name, [] if single else ["task"], value.shape[2:])
         return {name: _in_chains(value[:, 0] if single else value, num_chains) for name, value in values.items()}
 
     def sampled(self, values: Arrays, num_chains: int = 1) -> Arrays:
@@ -167,7 +278,7 @@ class _Layout:
             if self.outline.runs_over_rows(name, value):
                 found[name] = _in_chains(self._flatten(name, value, 1), num_chains)
             else:
-                self._name_dims(name, [_TASK], value.ndim - 2)
+                self.names.add(name, [_TASK], value.shape[2:])
                 found[name] = _in_chains(value, num_chains)
         return found
 
@@ -196,16 +307,26 @@ class _Layout:
         return found
 
     def _flatten(self, name: str, values: np.ndarray, num_leading: int = 0) -> np.ndarray:
-        event_ndim = values.ndim - 2 - num_leading
-        self._name_dims(name, [_OBSERVATION], event_ndim)
-        return flatten_observations(values, self.outline.mask, event_ndim=event_ndim)[0]
+        own = values.shape[num_leading + 2 :]
+        self.names.add(name, [_OBSERVATION], own, num_skipped=1)
+        return flatten_observations(values, self.outline.mask, event_ndim=len(own))[0]
 
     def _one_per_task(self, name: str, value: "Tensor") -> np.ndarray:
-        self._name_dims(name, [_TASK], value.ndim - 1)
+        self.names.add(name, [_TASK], value.shape[1:])
         return _as_numpy(value)
 
-    def _name_dims(self, name: str, first: list[str], num_rest: int) -> None:
-        self.dims[name] = first + [f"{name}_dim_{i}" for i in range(num_rest)]
+
+def _score_prior(posterior: "Posterior", num_samples: int) -> dict[str, "Tensor"]:
+    """Log densities of the latents under the prior, (S, ...), or (S, T, ...)."""
+    z, density, params = posterior.draws(num_samples), posterior.density, posterior.params
+    data = as_task_data(replace(posterior.tasks, scaling=posterior.scaling)).data
+
+    def of_task(z: "Tensor", task: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+        return vmap(lambda one: density.log_priors(one, params, task))(z)
+
+    with torch.no_grad():
+        found = vmap(of_task)(z.unsqueeze(0) if posterior.single else z.transpose(0, 1), data)
+    return {name: value[0] if posterior.single else value.transpose(0, 1) for name, value in found.items()}
 
 
 def _score(posterior: "Posterior", tasks: "Tasks", num_samples: int) -> Arrays:

@@ -10,20 +10,32 @@ accordingly, and so are right on average for a right posterior at any S; with S 
 """
 
 import math
+from functools import partial
+from typing import Literal
 
 import torch
-from pyro.ops.stats import crps_empirical
+from pyro.ops.stats import crps_empirical, energy_score_empirical
 from torch import Tensor
 
 __all__ = [
+    "Residuals",
+    "brier_score",
     "calibration_error",
+    "calibration_error_of_cdf",
     "coverage",
     "crps",
+    "energy_score",
+    "expected_calibration_error",
     "interval_bounds",
     "interval_score",
     "mixture_log_density",
+    "pit",
     "rmse",
 ]
+
+Residuals = Literal["rms", "absolute"]
+
+_NUM_LEVELS = 20
 
 
 def rmse(prediction_mean: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -135,13 +147,46 @@ def interval_score(draws: Tensor, target: Tensor, level: float = 0.9, mask: Tens
     return _masked_mean(upper - lower + 2 / (1 - level) * missed, mask)
 
 
-def calibration_error(draws: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""RMS over 20 levels q = 0.05..0.95 of the gap between q and how often the predictive CDF is below q.
+def pit(
+    draws: Tensor, target: Tensor, mask: Tensor | None = None, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Probability integral transform of each target, `(b + u (e+1)) / (S+1)`, with `b` draws below it and `e` equal.
 
-    The CDF is known by draws only. With `b` draws below the target and `e` equal to it, the target's rank is
-    one of `b..b+e`, and the share of it below q is `clamp((q (S+1) - b) / (e+1), 0, 1)`: the non-randomised
-    probability integral transform, whose mean is q under exchangeability at any S, for counts too. As S
-    grows, this is PACOH's error.
+    References:
+        Czado, Gneiting and Held (2009), Predictive model assessment for count data, section 2.
+
+    Args:
+        draws: Predictive draws, `(S, ...)`.
+        target: What was observed, numbers or counts.
+        mask: True where a target is real.
+        generator: Draws u uniformly, so that exchangeable draws give exactly uniform values, for counts too. None
+            takes u = 1/2, the middle of the target's ranks.
+
+    Returns:
+        Values in (0, 1) like `target`, NaN where a target is not real.
+
+    Raises:
+        ValueError: If the shapes disagree.
+    """
+    _check_shapes(draws.shape[1:], target, mask)
+    below, equal = _count_ranks(draws, target)
+    within: float | Tensor = 0.5
+    if generator is not None:
+        within = torch.rand(below.shape, dtype=below.dtype, device=generator.device, generator=generator).to(below)
+    values = (below + within * (equal + 1)) / (draws.shape[0] + 1)
+    return values if mask is None else torch.where(mask, values, torch.nan)
+
+
+def calibration_error(
+    draws: Tensor, target: Tensor, mask: Tensor | None = None, *, residuals: Residuals = "rms"
+) -> Tensor:
+    r"""PACOH's calibration error for a predictive CDF that is known by S draws only.
+
+    It compares 20 levels q = 0.05..0.95 with how often the CDF at a target is below q. With `b` draws below the
+    target and `e` equal to it, the target's rank is one of `b..b+e`, and the share of it below q is
+    `clamp((q (S+1) - b) / (e+1), 0, 1)`: the non-randomised probability integral transform, whose mean is q under
+    exchangeability at any S, for counts too. As S grows it becomes `calibration_error_of_cdf`, PACOH's own formula,
+    which takes the predictive CDF itself where it is known.
 
     References:
         Rothfuss et al. (2021), PACOH (arXiv:2002.05551), and `_calib_error` in its code.
@@ -151,19 +196,64 @@ def calibration_error(draws: Tensor, target: Tensor, mask: Tensor | None = None)
         draws: Predictive draws, `(S, ...)`.
         target: What was observed.
         mask: True where a target is real.
+        residuals: "rms" or "absolute", see `calibration_error_of_cdf`.
 
     Returns:
         A scalar in [0, 1); 0 is calibrated on average over the targets.
 
     Raises:
-        ValueError: If the shapes disagree.
+        ValueError: If the shapes disagree, or residuals is unknown.
     """
     _check_shapes(draws.shape[1:], target, mask)
-    levels = torch.linspace(0.05, 0.95, 20, dtype=draws.dtype, device=draws.device)
-    below = (draws < target).sum(0).to(draws.dtype)
-    equal = (draws == target).sum(0).to(draws.dtype)
-    gaps = [_masked_mean(((q * (draws.shape[0] + 1) - below) / (equal + 1)).clamp(0, 1), mask) - q for q in levels]
-    return torch.stack(gaps).square().mean().sqrt()
+    below, equal = _count_ranks(draws, target)
+    num = draws.shape[0] + 1
+    shares = [_masked_mean(((q * num - below) / (equal + 1)).clamp(0, 1), mask) for q in _levels(below)]
+    return _summarise(torch.stack(shares) - _levels(below), residuals)
+
+
+def calibration_error_of_cdf(cdf: Tensor, mask: Tensor | None = None, *, residuals: Residuals = "rms") -> Tensor:
+    r"""PACOH's calibration error, `sqrt(1/20 sum_q (1/n #{i: F_i(y_i) <= q} - q)^2)`, q = 0.05..0.95 in 20 levels.
+
+    PACOH scores each task alone and averages over tasks: `vmap` this over them and take the mean. A task of few
+    targets has an error well above 0 even when it is calibrated, so compare only equal numbers of targets. Forks of
+    the code put the last level at 1.0, where the gap is always 0.
+
+    References:
+        Rothfuss et al. (2021), PACOH (arXiv:2002.05551), after Kuleshov et al. (2018), equation 9. "rms" is the
+        authors' `meta_learning_pacoh` (`_calib_error`), "absolute" their `pacoh_nn` (`calib_error`).
+
+    Args:
+        cdf: The predictive CDF at each target, `(...)`, in [0, 1].
+        mask: True where a target is real.
+        residuals: Root mean square of the 20 gaps, or their mean absolute value, which is never larger.
+
+    Returns:
+        A scalar in [0, 1).
+
+    Raises:
+        ValueError: If the mask's shape disagrees, or residuals is unknown.
+    """
+    _check_shapes(cdf.shape, cdf, mask)
+    shares = [_masked_mean((cdf <= q).to(cdf.dtype), mask) for q in _levels(cdf)]
+    return _summarise(torch.stack(shares) - _levels(cdf), residuals)
+
+
+def _count_ranks(draws: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """How many draws lie below each target, and how many are equal to it, as floats."""
+    dtype = draws.dtype if draws.is_floating_point() else torch.get_default_dtype()
+    return (draws < target).sum(0).to(dtype), (draws == target).sum(0).to(dtype)
+
+
+def _levels(like: Tensor) -> Tensor:
+    return torch.linspace(0.05, 0.95, _NUM_LEVELS, dtype=like.dtype, device=like.device)
+
+
+def _summarise(gaps: Tensor, residuals: Residuals) -> Tensor:
+    if residuals == "rms":
+        return gaps.square().mean().sqrt()
+    if residuals == "absolute":
+        return gaps.abs().mean()
+    raise ValueError(f'Got residuals={residuals!r}; write "rms" or "absolute".')
 
 
 def crps(draws: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -188,6 +278,99 @@ def crps(draws: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     _check_shapes(draws.shape[1:], target, mask)
     return _masked_mean(crps_empirical(draws, target), mask)
+
+
+def energy_score(draws: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Energy score of vector-valued targets, `E|x - y| - E|x - x'| / 2` over draws x, x'; lower is better.
+
+    Unlike `crps` it sees the dependence between coordinates, say between all query points of one task. With one
+    coordinate it is the CRPS.
+
+    References:
+        Gneiting and Raftery (2007), Strictly proper scoring rules, equation 22.
+        The sum is `pyro.ops.stats.energy_score_empirical`.
+
+    Args:
+        draws: Predictive draws, `(S, ..., d)`.
+        target: What was observed, `(..., d)`.
+        mask: True where a coordinate is real, `(..., d)`; the others enter no distance, and a target without any
+            real coordinate does not count.
+
+    Returns:
+        A scalar, in the units of the target.
+
+    Raises:
+        ValueError: If the shapes disagree.
+    """
+    _check_shapes(draws.shape[1:], target, mask)
+    if mask is not None:
+        draws, target = torch.where(mask, draws, 0), torch.where(mask, target, 0)
+    # The faster cdist by matrix products loses half of the digits.
+    exact = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    scores = energy_score_empirical(draws.movedim(0, -2), target, cdist=exact)
+    return _masked_mean(scores, None if mask is None else mask.any(-1))
+
+
+def expected_calibration_error(
+    probabilities: Tensor, labels: Tensor, mask: Tensor | None = None, *, num_bins: int = 15
+) -> Tensor:
+    """Gap between confidence and accuracy of the likeliest class, averaged over bins of equal width in confidence.
+
+    References:
+        Guo et al. (2017), On calibration of modern neural networks, equations 2 and 3.
+
+    Args:
+        probabilities: Of each class, `(..., C)`, the mean over draws; or of label 1 in two classes, `(...)`.
+        labels: Integers in 0..C-1, `(...)`.
+        mask: True where a label is real.
+        num_bins: Bins `(m-1)/num_bins < confidence <= m/num_bins`.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: If the shapes disagree.
+    """
+    probabilities = _check_classes(probabilities, labels, mask)
+    confidence, predicted = probabilities.max(-1)
+    gap = (predicted == labels).to(confidence.dtype) - confidence
+    bins = (confidence * num_bins).ceil().clamp(1, num_bins).unsqueeze(-1)
+    inside = bins == torch.arange(1, num_bins + 1, device=bins.device)
+    each = [_masked_mean(torch.where(inside[..., m], gap, 0), mask) for m in range(num_bins)]
+    return torch.stack(each).abs().sum()
+
+
+def brier_score(probabilities: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Brier's score, the sum over classes of `(p_c - [label = c])^2`; lower is better.
+
+    For two classes this is twice the `(p - label)^2` that some libraries give.
+
+    References:
+        Brier (1950), Verification of forecasts expressed in terms of probability, equation 2.
+
+    Args:
+        probabilities: Of each class, `(..., C)`, the mean over draws; or of label 1 in two classes, `(...)`.
+        labels: Integers in 0..C-1, `(...)`.
+        mask: True where a label is real.
+
+    Returns:
+        A scalar in [0, 2].
+
+    Raises:
+        ValueError: If the shapes disagree.
+    """
+    probabilities = _check_classes(probabilities, labels, mask)
+    classes = torch.arange(probabilities.shape[-1], device=labels.device)
+    hit = (labels.unsqueeze(-1) == classes).to(probabilities.dtype)
+    return _masked_mean((probabilities - hit).square().sum(-1), mask)
+
+
+def _check_classes(probabilities: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """The probability of every class, `(..., C)`."""
+    if probabilities.shape == labels.shape:
+        probabilities = torch.stack([1 - probabilities, probabilities], -1)
+    _check_shapes(probabilities.shape[:-1], labels, mask)
+    return probabilities
 
 
 def _check_shapes(shape: torch.Size, target: Tensor, mask: Tensor | None) -> None:

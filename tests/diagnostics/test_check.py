@@ -90,6 +90,23 @@ def test_a_misfit_shows_without_held_out_data() -> None:
     assert "check(posterior, query)" in verdict["coverage"].reason
 
 
+def coin(x: Tensor, y: Tensor | None = None) -> None:
+    a = pyro.sample("a", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("obs", dist.Poisson(a.exp()), obs=y)
+
+
+@pytest.mark.parametrize(("factor", "level"), [(1, "pass"), (4, "fail")])
+def test_counts_have_coverage_too(factor: int, level: str) -> None:
+    # Four times a Poisson count is four times as variable as the model believes.
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.randn(60, 1, generator=generator).exp() / factor
+    y = factor * torch.poisson(rate.expand(60, 12), generator=generator)
+    halves = bp.Tasks({"x": torch.zeros_like(y), "y": y}, outputs=("y",)).split_observations(6)
+    verdict = check(untrained(coin, halves.support).adapt(halves.support, inference=laplace()), halves.query)
+    assert verdict["coverage"].level == level
+
+
 def test_a_task_from_elsewhere_is_named() -> None:
     prior, support, _ = right()
     y = support.data["y"].clone()

@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 JOBS ?= 2
 
-.PHONY: setup demo test lint types bench notebooks dist clean
+.PHONY: setup demo test browser lint types bench notebooks dist clean
 
 setup: $(STAMP)
 
@@ -17,8 +17,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/bmaml-ppl demo
 
-test: setup lint types
+test: setup browser lint types
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# The report is opened in a real browser; without one, and without the right to install it, that test is skipped.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	} || echo "no browser could be installed: the test that opens the report in one is skipped"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def _root(
 
     Write a Pyro model of ONE task (a patient, a school, a pig). `fit` learns from many tasks the prior that they
     share, `adapt` turns it into the posterior of each new task from a few observations, `show` tells what was
-    learned.
+    learned, `report` how far to trust it.
 
     \b
     Examples:
@@ -67,6 +67,7 @@ def _root(
           --input time=Time --output weight=Weight --out runs/pigs
       bmaml-ppl adapt runs/pigs/prior.safetensors --data new_pigs.csv
       bmaml-ppl show runs/pigs/prior.safetensors
+      bmaml-ppl report runs/pigs
     """  # noqa: D301
     context.obj = debug
 
@@ -189,6 +190,37 @@ def show(
     """  # noqa: D301
     with _explain_mistakes(context):
         typer.echo(runs.describe_prior(Path(prior)))
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder that `fit` wrote.")],
+    data: Annotated[str | None, typer.Option(metavar="FILE.csv", help="Other tasks, which did not train.")] = None,
+    num_support: Annotated[
+        int | None, typer.Option(min=1, help="Observations seen of each task [what the prior was learned for].")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Which of them are seen: first, or random.")] = "first",
+    num_samples: Annotated[int, typer.Option(min=100, help="Draws.")] = 1000,
+    out: Annotated[str | None, typer.Option(metavar="FILE.html", help="RUN/report.html by default.")] = None,
+) -> None:
+    """Write one HTML page on a run: what was learned, how well it predicts, and whether to believe it.
+
+    Sees the first observations of each task, predicts the rest, and shows scores, calibration, curves of the best and
+    the worst tasks and what cannot be concluded. The page holds its pictures and needs no network. Without --data, the
+    tasks are those that trained the prior.
+
+    \b
+    Example:
+      bmaml-ppl report runs/pigs
+      bmaml-ppl report runs/pigs --data other_pigs.csv --out other_pigs.html
+    """  # noqa: D301
+    with _explain_mistakes(context):
+        from bmaml_ppl.report import write_report
+
+        chosen: Any = rows
+        written = write_report(run, data=data, num_support=num_support, rows=chosen, num_samples=num_samples, out=out)
+        typer.echo(f"Written to {written}")
 
 
 @app.command()

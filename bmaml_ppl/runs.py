@@ -29,7 +29,16 @@ from bmaml_ppl.types import Model
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["adapt_prior", "describe_prior", "find_model_lines", "fit_prior", "load_model"]
+__all__ = [
+    "adapt_prior",
+    "describe_prior",
+    "describe_values",
+    "find_model_lines",
+    "fit_prior",
+    "load_model",
+    "read_csv",
+    "read_tasks",
+]
 
 _MODEL_MODULE = "_bmaml_ppl_model"
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -88,7 +97,7 @@ def fit_prior(settings: Settings, *, progress: bool = True) -> Path:
         The file of the prior.
     """
     settings = _with_absolute_paths(settings)
-    model, tasks = load_model(settings.model), _read_tasks(_read_csv(settings.data), settings)
+    model, tasks = load_model(settings.model), read_tasks(read_csv(settings.data), settings)
     prior = meta_learn(
         model,
         tasks.standardize() if settings.standardize else tasks,
@@ -118,7 +127,13 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     return replace(settings, model=model, data=str(Path(settings.data).resolve()))
 
 
-def _read_csv(path: str) -> "DataFrame":
+def read_csv(path: str) -> "DataFrame":
+    """Reads a CSV file.
+
+    Raises:
+        ImportError: pandas is not installed.
+        FileNotFoundError: There is no such file.
+    """
     try:
         import pandas
     except ImportError as error:
@@ -128,7 +143,8 @@ def _read_csv(path: str) -> "DataFrame":
     return pandas.read_csv(path)
 
 
-def _read_tasks(frame: "DataFrame", settings: Settings) -> Tasks:
+def read_tasks(frame: "DataFrame", settings: Settings) -> Tasks:
+    """Groups the rows of a data frame by the columns that the settings name; errors as `Tasks.from_frame`."""
     return Tasks.from_frame(
         frame,
         task=settings.task,
@@ -167,17 +183,17 @@ def adapt_prior(path: Path, settings: Settings, *, num_samples: int = 1000, seed
     settings = replace(_with_absolute_paths(settings), min_observations=1)
     prior = load_prior(path, load_model(settings.model))
     prior = replace(prior, seed=prior.seed if seed is None else seed)
-    frame = _read_csv(settings.data)
+    frame = read_csv(settings.data)
     outputs = [column for columns in settings.output.values() for column in _as_list(columns)]
     check_known("task", [settings.task], frame.columns)
     frame = frame.reindex(columns=[*frame.columns, *(name for name in outputs if name not in frame)])
     given = frame[outputs].notna().all(axis=1)
     if not given.any():
         raise SettingsError(f"'{settings.data}' gives no value of {outputs}; a task adapts to rows that do")
-    posterior = prior.adapt(_read_tasks(frame[given], settings))
+    posterior = prior.adapt(read_tasks(frame[given], settings))
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
-    everything = _read_tasks(frame, replace(settings, output={}))
+    everything = read_tasks(frame, replace(settings, output={}))
     draws = _predict(prior, posterior, everything, num_samples)
     _tabulate_predictions(frame, given, draws, settings, prior).to_csv(folder / "predictions.csv", index=False)
     _tabulate_sites(posterior, num_samples).to_csv(folder / "posterior.csv", index=False)
@@ -276,7 +292,7 @@ def describe_prior(path: Path) -> str:
         *(f"  {name} from {site['key']}" for name, site in schema["observed"].items()),
         "learned:",
         *(
-            f"  {name} {_describe_shape(entry)}= {_describe_values(tensors[f'params.{name}'])}"
+            f"  {name} {_describe_shape(entry)}= {describe_values(tensors[f'params.{name}'])}"
             for name, entry in schema["params"].items()
         ),
     ]
@@ -295,14 +311,15 @@ def _describe_shape(entry: dict[str, Any]) -> str:
 def _describe_units(key: str, tensors: dict[str, Tensor]) -> str:
     if f"scaling.loc.{key}" not in tensors:
         return ""
-    loc, scale = (_describe_values(tensors[f"scaling.{part}.{key}"]) for part in ("loc", "scale"))
+    loc, scale = (describe_values(tensors[f"scaling.{part}.{key}"]) for part in ("loc", "scale"))
     return f", standardised: mean {loc}, sd {scale}"
 
 
-def _describe_values(value: Tensor) -> str:
+def describe_values(value: Tensor) -> str:
+    """Up to twelve numbers, or the range and mean of more, as text."""
     if value.numel() > 12:
         low, mean, high = (f"{x.item():.4g}" for x in (value.min(), value.double().mean(), value.max()))
         return f"{value.numel()} numbers from {low} to {high}, mean {mean}"
     if value.ndim:
-        return f"[{', '.join(_describe_values(row) for row in value)}]"
+        return f"[{', '.join(describe_values(row) for row in value)}]"
     return f"{value.item():.4g}"

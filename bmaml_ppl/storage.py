@@ -310,8 +310,13 @@ def _look_at(model: Model, template: Template, like: Tensor, seed: int) -> Densi
     shapes = {size for shape in [*template.data.values(), *template.constants.values()] for size in shape}
     rows = next(n for n in (7, 11, 13, 17, 19, 23, *range(24, 10_000)) if n not in shapes)
     example = template.varied_example(rows, like)
+    # Counts and categories may be floating too, as those of a data frame are: outputs of zeros and ones are tried next.
+    whole = {key: value.round() if key in template.outputs else value for key, value in example.items()}
     with pyro.validation_enabled(False), seeded(seed, torch.device("cpu")):
-        return from_model(model, example, template.constants)
+        try:
+            return from_model(model, example, template.constants)
+        except ValueError:
+            return from_model(model, whole, template.constants)
 
 
 def _describe_params(density: Density) -> Schema:

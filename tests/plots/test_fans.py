@@ -1,6 +1,5 @@
-"""Figures say what the numbers say: labels, bands, points and axes are read back from the axes."""
+"""Fan charts say what the numbers say: labels, bands, points and axes are read back from the axes."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,16 +10,10 @@ from matplotlib.axes import Axes
 
 from bmaml_ppl.diagnostics.scores import interval_bounds
 from bmaml_ppl.learned import History
-from bmaml_ppl.plots import draw_learning, plot_gradient_norm, plot_learning_curve, plot_prior_predictive, plot_task
+from bmaml_ppl.plots import plot_learning_curve, plot_prior_predictive, plot_task
 
 X = torch.linspace(0, 1, 5)
 DRAWS = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _close_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 def _array(values: Any) -> np.ndarray:
@@ -58,10 +51,18 @@ def test_given_axes_are_drawn_on_and_returned() -> None:
     assert plot_learning_curve(History([1.0], [1.0]), ax) is ax
 
 
-def test_prior_predictive_lists_real_tasks_once() -> None:
-    ax = plot_prior_predictive(DRAWS, X, tasks=[(X, X), (X, 2 * X)], task_label="one pig")
+def test_own_axes_have_a_legend_and_given_ones_share() -> None:
+    assert plot_task(DRAWS, X, (X, X)).get_legend() is not None
+    assert plot_prior_predictive(DRAWS, X).get_legend() is not None
+    assert plot_task(DRAWS, X, (X, X), ax=plt.subplots()[1]).get_legend() is None
+
+
+def test_prior_predictive_lists_real_tasks_once_in_the_order_of_their_inputs() -> None:
+    ax = plot_prior_predictive(DRAWS, X, tasks=[(X, X), (X.flip(0), 2 * X.flip(0))], task_label="one pig")
     assert _legend(ax) == ["90% interval", "50% interval", "median", "one pig"]
     assert len(ax.lines) == 3
+    np.testing.assert_allclose(_array(ax.lines[2].get_xdata()), X)
+    np.testing.assert_allclose(_array(ax.lines[2].get_ydata()), 2 * X)
 
 
 def test_draws_of_a_batch_are_refused() -> None:
@@ -69,28 +70,13 @@ def test_draws_of_a_batch_are_refused() -> None:
         plot_task(DRAWS[:, None], X, (X, X))
 
 
-def test_learning_curve_keeps_its_axis_and_marks_what_is_beyond() -> None:
-    loss = [1000.0] + [10.0 - 0.1 * i for i in range(99)]
-    ax = plot_learning_curve(History(loss, [1.0] * 100), window=5)
-    assert ax.get_ylim()[1] < 20
-    assert _legend(ax) == ["each step", "running median of 5", "beyond the axis"]
-    np.testing.assert_array_equal(_array(ax.lines[2].get_xdata()), [1])
-    np.testing.assert_allclose(_array(ax.lines[1].get_ydata())[50], loss[50])
+def test_padded_draws_are_refused() -> None:
+    draws = DRAWS.clone()
+    draws[:, 4] = torch.nan
+    with pytest.raises(ValueError, match="200 non-finite of 1000 values; padded rows"):
+        plot_task(draws, X, (X, X))
 
 
-def test_gradient_norm_is_logarithmic_where_it_can_be() -> None:
-    assert plot_gradient_norm(History([1.0, 1.0], [1.0, 10.0])).get_yscale() == "log"
-    assert plot_gradient_norm(History([1.0, 1.0], [0.0, 10.0])).get_yscale() == "linear"
-
-
-def test_learning_figure_leaves_no_window_open() -> None:
-    above, below = draw_learning(History([2.0, 1.0], [1.0, 10.0])).axes
-    assert (above.get_ylabel(), below.get_ylabel()) == ("loss (mean over a batch of tasks)", "gradient norm")
-    assert (above.get_xlabel(), below.get_xlabel()) == ("", "meta-step")
-    assert plt.get_fignums() == []
-
-
-@pytest.mark.parametrize("plot", [plot_learning_curve, plot_gradient_norm])
-def test_an_empty_history_is_refused(plot: Callable[[History], Axes]) -> None:
-    with pytest.raises(ValueError, match="empty after loading a prior"):
-        plot(History())
+def test_inputs_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="x does not ascend"):
+        plot_prior_predictive(DRAWS, X.flip(0))

@@ -50,7 +50,7 @@ def test_a_right_model_is_believed(inference: Any) -> None:
 
 
 def test_false_alarms_are_rare() -> None:
-    # 12 right models of 40 tasks with an exact posterior: none fails; of their 72 answers at most two warn.
+    # 12 right models of 40 tasks with an exact posterior: none fails; of their 84 answers at most two warn.
     warnings = 0
     for seed in range(12):
         prior, support, query = right(seed=seed)
@@ -94,6 +94,29 @@ def coin(x: Tensor, y: Tensor | None = None) -> None:
     a = pyro.sample("a", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
     with pyro.plate("data", x.shape[0]):
         pyro.sample("obs", dist.Poisson(a.exp()), obs=y)
+
+
+def test_a_wrong_shape_is_not_believed() -> None:
+    # Cauchy noise with normal predictions of the same 90 % interval: coverage alone would not see it.
+    support, query = two_halves(60, 8)
+    generator = torch.Generator().manual_seed(5)
+    level = torch.randn(60, 1, generator=generator)
+    y = level + 0.11 * torch.randn(60, 16, generator=generator) / torch.randn(60, 16, generator=generator).abs()
+    halves = bp.Tasks({"x": torch.zeros_like(y), "y": y.clamp(-10, 10)}, outputs=("y",)).split_observations(8)
+    prior = untrained(toys.level, support, mean=0.0, sd=1.0, noise=0.6)
+    verdict = check(prior.adapt(halves.support, inference=laplace()), halves.query)
+    assert verdict["coverage"].level != "fail"
+    assert verdict["calibration"].level == "fail"
+
+
+def test_observations_that_err_together_count_as_one() -> None:
+    # 12 tasks of 40 held-out rows and one seen: a task's rows are all above or all below, as a right model predicts.
+    for seed in range(5):
+        tasks = toys.level_tasks(12, 41, seed)
+        halves = tasks.split_observations(1)
+        prior = untrained(toys.level, halves.support, mean=0.0, sd=1.0, noise=0.5)
+        verdict = check(prior.adapt(halves.support, inference=laplace()), halves.query)
+        assert verdict.believe, str(verdict)
 
 
 @pytest.mark.parametrize(("factor", "level"), [(1, "pass"), (4, "fail")])

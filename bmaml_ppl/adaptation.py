@@ -166,7 +166,7 @@ class Adapter:
                 (lambda v: v) if precision is None else lambda v: _solve(precision, v),
             )
 
-        score = self.score(optimum, prior, tasks)
+        score = self._score(optimum, dict(prior), tasks)
         if not score.requires_grad:
             return state
         return state._replace(particles=implicit_optimum(optimum, score, solve))
@@ -174,10 +174,6 @@ class Adapter:
     def log_joint(self, particles: Tensor, prior: Tensors, tasks: TaskData) -> Tensor:
         """Log joint density of each task at each of its particles: (T, M, D) -> (T, M)."""
         return self._log_joint(particles, dict(prior), tasks)
-
-    def score(self, particles: Tensor, prior: Tensors, tasks: TaskData) -> Tensor:
-        """Gradient of the log joint density of each task at each of its particles: (T, M, D) -> (T, M, D)."""
-        return self._score(particles, dict(prior), tasks)
 
     def log_likelihood(self, particles: Tensor, prior: Tensors, tasks: TaskData) -> Tensor:
         """Log-likelihood of all of a task's observations at each of its particles: (T, M, D) -> (T, M)."""

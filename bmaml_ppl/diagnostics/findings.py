@@ -1,14 +1,24 @@
 """Questions about an inference: did it find the posterior of the model as it is?"""
 
 import torch
+from torch import Tensor
+from torch.func import vmap
 
 from bmaml_ppl.adaptation import TaskData, one_task, seeded
+from bmaml_ppl.diagnostics.collapse import Collapse, describe_particles, same_starts
 from bmaml_ppl.diagnostics.curvature import describe_curvature
 from bmaml_ppl.diagnostics.evidence import Evidence, Finding
 from bmaml_ppl.diagnostics.export import ess, pareto_khat, rhat
 from bmaml_ppl.posterior import RESTART_STREAM
+from bmaml_ppl.task_density import TaskDensity
 
 __all__ = ["find_chains", "find_curvature", "find_finite", "find_khat", "find_restarts", "find_spread"]
+
+_MOVED = ("map_estimate", "svgd")
+"""Algorithms whose particles are the posterior."""
+
+_CLOUD = 200
+_CHUNK_FLOATS = 2**24
 
 
 def find_finite(evidence: Evidence) -> Finding:
@@ -28,39 +38,49 @@ def find_finite(evidence: Evidence) -> Finding:
 
 
 def find_spread(evidence: Evidence) -> Finding | None:
-    r"""Whether draws are as far apart as the density says, by Stein's identity; None where k-hat or R-hat say more.
-
-    .. math:: r_s^2 = -\frac{1}{|s|} \sum_{d \in s} E[(z_d - \bar z_d) \, \partial_d \log p(z, D)] = 1
-
-    for every latent site s under the posterior, whatever its shape; for a Gaussian r is the ratio of standard
-    deviations.
-
-    Reference:
-        Liu, Lee and Jordan (2016), A Kernelized Stein Discrepancy for Goodness-of-fit Tests, equation 3.
-    """
+    """Whether particles, or draws of an approximation, are as far apart as the density says; None where k-hat or R-hat
+    say more. See `describe_particles`; of several restarts the worst counts."""
     posterior = evidence.posterior
     if "log_q" in evidence.stats or posterior.inference.num_draws:
         return None
-    with torch.no_grad():
-        scores = evidence.adapter.score(evidence.draws, posterior.params, evidence.batch)
-    away = evidence.draws - evidence.draws.mean(1, keepdim=True)
-    each = -(away * scores).mean(1)
-    sites = posterior.density.sites.values()
-    ratio = torch.stack([each[:, site.slice].mean(1) for site in sites], 1).clamp_min(0.0).sqrt()
-    worst = torch.where(ratio.log().abs().amax(1, keepdim=True) == ratio.log().abs(), ratio, 0.0).amax(1)
-    found = evidence.grade(
-        "spread of particles",
-        (ratio.clamp_min(1e-9).log().abs()).amax(1),
-        0.223,
-        0.693,
+    if posterior.inference.name in _MOVED:
+        clouds = [state.particles for state in posterior.states]
+    else:
+        clouds = [evidence.draws[:, :: max(evidence.num_samples // _CLOUD, 1)]]
+    if clouds[0].shape[1] == 1:
+        reason = "one point has no spread, intervals hold the noise alone: svgd, laplace or hmc"
+        return Finding("spread", "fail", 0.0, "a posterior", reason, posterior.names)
+    found = [_describe(evidence, cloud) for cloud in clouds]
+    ratio = torch.cat([each.spread for each in found], 1)
+    away = ratio.clamp_min(1e-9).log().abs()
+    graded = evidence.grade(
+        "spread",
+        away.amax(1),
+        0.224,
+        0.7,
         "0.8 to 1.25 of the posterior's sd, fails beyond 0.5 to 2",
         (
             "draws are as far apart as the density says",
-            "draws are closer together, or farther apart, than the density says: more particles or steps, laplace or "
-            "hmc",
+            "particles are closer together, or farther apart, than the density says: more particles or steps, laplace "
+            "or hmc",
         ),
     )
-    return found._replace(value=worst[worst.clamp_min(1e-9).log().abs().argmax()].item())
+    return graded._replace(value=ratio.flatten()[away.flatten().argmax()].item())
+
+
+def _describe(evidence: Evidence, cloud: Tensor) -> Collapse:
+    """`describe_particles` of every task, (T, M, D), some at a time."""
+    posterior, batch = evidence.posterior, evidence.batch
+    mask = {} if batch.mask is None else {"mask": batch.mask}
+
+    def of_task(z: Tensor, data: dict[str, Tensor], mask: dict[str, Tensor]) -> Collapse:
+        density = TaskDensity(posterior.density, posterior.params, data, mask.get("mask"))
+        return describe_particles(density, z, posterior.density.sites)
+
+    size = max(1, _CHUNK_FLOATS // (cloud.shape[1] * cloud.shape[2] ** 2))
+    with torch.no_grad():
+        found: Collapse = vmap(of_task, chunk_size=size)(cloud, batch.data, mask)
+    return found
 
 
 def find_curvature(evidence: Evidence) -> list[Finding]:
@@ -186,7 +206,7 @@ def find_restarts(evidence: Evidence) -> Finding | None:
     if len(posterior.states) == 1:
         return Finding(name, "unknown", None, limit, "there is one adaptation: write prior.adapt(..., num_restarts=4)")
     if _begin_alike(evidence):
-        reason = "all restarts began at the same place, so that their agreement says nothing: "
+        reason = "restarts began at the same place, so that their agreement says nothing: "
         return Finding(name, "unknown", None, limit, reason + 'start at draws from the prior (init="prior")')
     each = evidence.num_samples // len(posterior.states)
     drawn = evidence.posterior.draws(each * len(posterior.states))
@@ -196,11 +216,11 @@ def find_restarts(evidence: Evidence) -> Finding | None:
 
 
 def _begin_alike(evidence: Evidence) -> bool:
-    """Whether two restarts of the first task have the same start."""
+    """Whether any two restarts of the first task had the same start."""
     first, starts = one_task(evidence.batch), []
     task = TaskData({k: v[None] for k, v in first.data.items()}, None if first.mask is None else first.mask[None])
-    for restart in (0, 1):
+    for restart in range(len(evidence.posterior.states)):
         seed = evidence.posterior.seed + restart * RESTART_STREAM
         with torch.no_grad(), seeded(seed, evidence.draws.device):
-            starts.append(evidence.adapter.begin(evidence.posterior.params, task).particles)
-    return torch.allclose(*starts)
+            starts.append(evidence.adapter.begin(evidence.posterior.params, task).particles[0])
+    return bool(same_starts(starts))

@@ -167,6 +167,7 @@ def adapt(
       predictions.csv   each row's predictive mean, sd and quantiles
       posterior.csv     each task's latents, in the model's units
       posterior.nc      draws, predictions and scores, for arviz.from_netcdf
+      check.json        whether the posterior is to be believed, and why
       adapt.yaml        settings and versions
     """  # noqa: D301
     with _explain_mistakes(context):

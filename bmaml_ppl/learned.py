@@ -288,9 +288,18 @@ class LearnedPrior:
         return next(iter(self.params.values()))
 
     def bind(self, inference: Inference | None = None) -> Adapter:
-        """An inference, or the one learned with, bound to the learned density."""
+        """An inference, or the one learned with, bound to the learned density.
+
+        Raises:
+            ValueError: If the inference cannot be batched, or needs parameters or particles that were not learned.
+        """
         if inference is None:
             return Adapter(self.density, self.inference, self.start)
+        if inference.name not in ALGORITHMS:
+            raise ValueError(
+                f"{inference.name} does not run in a batch of tasks; choose one of {list(ALGORITHMS)}, or call "
+                f"{inference.name}(prior, ...) for one task"
+            )
         bound = ALGORITHMS[inference.name](**inference.config, sites=self.density.sites)
         _check_learned(bound.parameters(self.density.dim), self.params)
         start = self.start if bound.start == "auto" else bound.start

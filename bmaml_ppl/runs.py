@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bmaml_ppl._columns import check_known
+from bmaml_ppl.diagnostics.check import check
 from bmaml_ppl.diagnostics.export import save_tree
 from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.meta import meta_learn
@@ -198,6 +200,7 @@ def adapt_prior(path: Path, settings: Settings, *, num_samples: int = 1000, seed
     _tabulate_predictions(frame, given, draws, settings, prior).to_csv(folder / "predictions.csv", index=False)
     _tabulate_sites(posterior, num_samples).to_csv(folder / "posterior.csv", index=False)
     save_tree(posterior.to_arviz(num_samples=num_samples), folder / "posterior.nc")
+    (folder / "check.json").write_text(json.dumps(check(posterior).to_dict(), indent=2) + "\n")
     columns = {name: getattr(settings, name) for name in ("model", "data", "task", "input", "output", "constant")}
     kept = {"prior": str(path.resolve()), **columns, "num_samples": num_samples, "seed": prior.seed}
     write_settings(kept, folder / "adapt.yaml")

@@ -1,5 +1,6 @@
 """The command line from a user's side: a model file and a CSV file, and every mistake told in a line or two."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def test_fit_adapt_and_show_work_together(run: Run) -> None:
     sites = pandas.read_csv("runs/a/adapted/posterior.csv")
     assert sites[["task", "site"]].to_numpy().tolist() == [["pig 0", "coef[0]"], ["pig 0", "coef[1]"]]
     assert Path("runs/a/adapted/posterior.nc").stat().st_size > 0
+    assert {row["name"] for row in json.loads(Path("runs/a/adapted/check.json").read_text())["findings"]} >= {"spread"}
     assert yaml.safe_load(Path("runs/a/adapted/adapt.yaml").read_text())["num_samples"] == 300
 
 

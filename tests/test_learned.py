@@ -15,6 +15,7 @@ from torch import Tensor
 import bmaml_ppl as bp
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.types import Inference
+from tests import toys
 
 NAMES = ("a", "b", "c", "d")
 LENGTHS = (4, 6, 3, 5)
@@ -325,3 +326,11 @@ def test_moves_to_another_dtype(prior: bp.LearnedPrior) -> None:
     particles = single.adapt(make_tasks()).particles
     assert particles.dtype == torch.float32
     assert torch.allclose(particles.double(), prior.adapt(make_tasks()).particles, rtol=0.05, atol=0.05)
+
+
+def test_an_inference_of_one_task_is_refused_in_a_batch() -> None:
+    tasks = toys.level_tasks(3, 4)
+    prior = bp.meta_learn(toys.level, tasks, num_support=2, num_steps=1, compile=False, progress=False)
+    alone = svgd()._replace(name="nuts")
+    with pytest.raises(ValueError, match=r"nuts does not run in a batch"):
+        prior.adapt(tasks, inference=alone)

@@ -70,6 +70,12 @@ class Density:
         """Log p(z | prior), with the log-Jacobian of the change of variables; a scalar. Outputs may be None."""
         return self._evaluate(self._split(z), prior, data, None)[0]
 
+    def log_priors(self, z: Tensor, prior: Tensors, data: Data) -> dict[str, Tensor]:
+        """Log density of every latent site on its support, given those before it: site -> its batch shape, without
+        log-Jacobians. Outputs may be None."""
+        run = self._evaluate(self._split(z), prior, data, None)[1]
+        return {name: _log_prob(run.records[name]) for name in self.sites}
+
     def log_likelihood(self, z: Tensor, prior: Tensors, data: Data, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Log-likelihood of every observation: observed site -> its batch shape, zero where masked. A
         `pyro.factor` counts as an observed site."""

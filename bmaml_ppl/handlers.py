@@ -27,7 +27,7 @@ class Record(NamedTuple):
         value: Its value.
         is_observed: Whether it was conditioned on data.
         log_prob: Scaled and masked log-probability, of the site's batch shape.
-        plates: Enclosing vectorised plates as (dim, size).
+        plates: Enclosing vectorised plates as (dim, name).
         weight: Factor of its log-probability by `poutine.scale` and `poutine.mask`, of the site's batch shape; None
             is 1.
     """
@@ -36,7 +36,7 @@ class Record(NamedTuple):
     value: Tensor
     is_observed: bool
     log_prob: Tensor | None
-    plates: tuple[tuple[int, int], ...]
+    plates: tuple[tuple[int, str], ...]
     weight: Tensor | None = None
 
 
@@ -181,7 +181,7 @@ class Sites(Messenger):
         log_prob = None
         if self.with_log_prob:
             log_prob = scale_and_mask(self._log_prob(msg), msg["scale"], msg["mask"])
-        plates = tuple((f.dim, f.size) for f in msg["cond_indep_stack"] if f.dim is not None)
+        plates = tuple((f.dim, f.name) for f in msg["cond_indep_stack"] if f.dim is not None)
         weight = None
         if msg["mask"] is not None or not (isinstance(msg["scale"], float | int) and msg["scale"] == 1):
             weight = scale_and_mask(torch.ones(msg["fn"].batch_shape), msg["scale"], msg["mask"])

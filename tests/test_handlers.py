@@ -41,7 +41,7 @@ def test_records_say_what_each_site_did() -> None:
     assert [record.is_observed for record in records.values()] == [False, True, True]
     assert [is_factor(record.fn) for record in records.values()] == [False, True, False]
     assert records["a"].plates == ()
-    assert sorted(records["obs"].plates) == [(-2, 2), (-1, 3)]
+    assert sorted(records["obs"].plates) == [(-2, "outer"), (-1, "data")]
     torch.testing.assert_close(records["a"].log_prob, dist.Normal(0.1, 1.0).log_prob(torch.tensor(0.5)))
     torch.testing.assert_close(records["soft"].log_prob, torch.tensor(-0.25))
     torch.testing.assert_close(records["obs"].log_prob, dist.Normal(0.5, 1.0).log_prob(Y))

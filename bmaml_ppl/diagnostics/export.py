@@ -162,7 +162,7 @@ def _assign_coords(tree: Any, group: str, coords: dict[str, Any]) -> None:
     if hasattr(node, "dataset"):
         node.dataset = node.to_dataset().assign_coords(coords)
     else:
-        tree[group] = node.assign_coords(coords)
+        setattr(tree, group, node.assign_coords(coords))  # assigning an item would list the group twice
 
 
 def flatten_observations(

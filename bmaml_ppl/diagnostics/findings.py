@@ -129,9 +129,9 @@ def find_khat(evidence: Evidence) -> Finding | None:
     return evidence.grade(
         "importance weights (k-hat)",
         khat,
-        0.5,
         0.7,
-        "<= 0.5, fails above 0.7",
+        1.0,
+        "<= 0.7, fails above 1",
         (
             "the Gaussian is close enough to the posterior to be corrected by importance weights",
             "the posterior has heavier tails or another shape than the Gaussian: use hmc, or another parametrisation",

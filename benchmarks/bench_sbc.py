@@ -1,8 +1,9 @@
 """Simulation-based calibration: 1,000 simulated tasks fitted at once, beside Pyro's NUTS one task at a time.
 
 The model is a quadratic regression whose noise changes with x: 5 latents, 20 rows a task. `hmc` and `laplace` run the
-whole calibration (simulating, recording, fitting, ranking among 99 draws); its p-values say whether their posteriors
-are right, and for Laplace's they need not be. Pyro's NUTS fits 20 of such tasks, with and without `jit_compile`; times
+whole calibration (simulating, recording, fitting, ranking among 99 draws), and so does `svgd` with its 20 particles;
+p-values say whether their posteriors are right, which Laplace's and SVGD's need not be, and a figure beside the results
+shows it. Pyro's NUTS fits 20 of such tasks, with and without `jit_compile`; times
 of 1,000 are extrapolated by the task. A fit is no better than its draws are many: the effective sample size is that of
 the unconstrained coordinate that mixes worst, median over tasks, and is also given a second. Laplace's draws are
 independent. On the 20 tasks, `hmc`'s posterior means and standard deviations are held against NUTS's. Runs are
@@ -24,13 +25,16 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from bmaml_ppl import LearnedPrior, Tasks, meta_learn
+from bmaml_ppl.diagnostics.calibration import Calibration
 from bmaml_ppl.diagnostics.sbc import simulation_based_calibration
-from bmaml_ppl.inference import hmc, laplace
+from bmaml_ppl.inference import hmc, laplace, svgd
+from bmaml_ppl.plots import plot_sbc
 from bmaml_ppl.types import Inference
 
 SEED, NUM_ROWS, NUM_NUTS, NUM_RANKED = 0, 20, 20, 99
@@ -58,14 +62,23 @@ def simulate(num_tasks: int) -> Tasks:
     return Tasks({"x": x, "y": mean + white * torch.exp(0.5 * log_noise - 1 + 0.5 * trend * x)}, outputs=("y",))
 
 
-def calibrate(prior: LearnedPrior, tasks: Tasks, inference: Inference, num_simulations: int) -> Row:
+def calibrate(prior: LearnedPrior, tasks: Tasks, inference: Inference, num_simulations: int) -> tuple[Row, Calibration]:
     began = perf_counter()
+    num_draws = None if inference.name == "svgd" else NUM_RANKED  # its particles count once each
     found = simulation_based_calibration(
-        prior, tasks, num_simulations=num_simulations, inference=inference, num_draws=NUM_RANKED, seed=SEED
+        prior, tasks, num_simulations=num_simulations, inference=inference, num_draws=num_draws, seed=SEED
     )
     ms = 1e3 * (perf_counter() - began) / num_simulations
-    effective = float(NUM_RANKED) if found.effective_draws is None else found.effective_draws
-    return {"ms_per_fit": ms, "effective_draws": effective, "passed": found.passed, "p_values": found.p_values()}
+    effective = float(found.num_draws) if found.effective_draws is None else found.effective_draws
+    row = {"ms_per_fit": ms, "effective_draws": effective, "passed": found.passed, "p_values": found.p_values()}
+    return row | {"verdicts": found.verdicts()}, found
+
+
+def draw(calibrations: dict[str, Calibration], path: Path) -> None:
+    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
+    for ax, (name, found) in zip(figure.subplots(1, len(calibrations)), calibrations.items(), strict=True):
+        plot_sbc(found.ranks, found.num_draws, ax, names=found.names, title=f"{name}: {len(found.ranks)} simulations")
+    figure.savefig(path, dpi=110)
 
 
 def run_nuts(tasks: Tasks, jit: bool) -> tuple[Row, Tensor]:
@@ -95,20 +108,23 @@ def compare(prior: LearnedPrior, tasks: Tasks, reference: Tensor) -> Row:
     return {"mean_shift_in_sd": shift.mean().item(), "median_sd_ratio": ratio.median().item()}
 
 
-def benchmark(rounds: int, num_simulations: int) -> tuple[list[Row], Row]:
+def benchmark(rounds: int, num_simulations: int, figure: Path) -> tuple[list[Row], Row]:
     tasks = simulate(NUM_NUTS)
     prior = meta_learn(curve, tasks, num_support=5, inference=laplace(), num_steps=0, progress=False)
-    ours: dict[str, Inference] = {"hmc": hmc(**HMC), "laplace": laplace()}  # type: ignore[arg-type]
+    ours: dict[str, Inference] = {"hmc": hmc(**HMC), "laplace": laplace(), "svgd": svgd(init="prior")}  # type: ignore[arg-type]
+    calibrations: dict[str, Calibration] = {}
     runs: dict[str, list[Row]] = {}
     draws = []
     for turn in range(rounds):
         for name, inference in ours.items():
-            runs.setdefault(name, []).append(calibrate(prior, tasks, inference, num_simulations))
+            row, calibrations[name] = calibrate(prior, tasks, inference, num_simulations)
+            runs.setdefault(name, []).append(row)
         part = tasks[list(range(turn, NUM_NUTS, rounds))]
         for jit, name in NAMES.items():
             row, found = run_nuts(part, jit)
             runs.setdefault(name, []).append(row)
         draws.append((part, found))
+    draw(calibrations, figure)
     checks = [compare(prior, part, found) for part, found in draws]
     check = {key: statistics.mean(each[key] for each in checks) for key in checks[0]}
     return [summarise(name, each, runs, num_simulations) for name, each in runs.items()], check
@@ -129,7 +145,7 @@ def summarise(name: str, each: list[Row], runs: dict[str, list[Row]], num_simula
     row["times_faster_an_effective_draw"] = statistics.median(
         r["effective_draws"] / r["ms_per_fit"] / b for r, b in zip(each, rate, strict=True)
     )
-    row |= {key: each[0][key] for key in ("passed", "p_values") if key in each[0]}
+    row |= {key: each[0][key] for key in ("passed", "p_values", "verdicts") if key in each[0]}
     print(
         f"{name:<24} {row['ms_per_fit']:9.2f} ms a fit ({row['times_faster_a_fit']:7.1f} x), "
         f"{row['effective_draws']:5.0f} effective draws, {row['effective_draws_per_second']:9.0f} a second "
@@ -148,13 +164,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     pyro.set_rng_seed(SEED)
-    rows, check = benchmark(options.rounds, options.simulations)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows, check = benchmark(options.rounds, options.simulations, options.out.with_suffix(".png"))
     about = {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     about |= {"torch": torch.__version__, "pyro": pyro.__version__, "python": platform.python_version()}
     about |= {"seed": SEED, "rounds": options.rounds, "simulations": options.simulations, "nuts_tasks": NUM_NUTS}
     about |= {"hmc": HMC, "nuts": {"num_warmup": NUTS_WARMUP, "num_draws": NUTS_DRAWS}, "ranked_draws": NUM_RANKED}
     print(f"hmc beside NUTS: {check}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"about": about, "fits": rows, "hmc_beside_nuts": check}, indent=2) + "\n")
 
 

@@ -1,15 +1,29 @@
 """Kernels and bandwidth rules for Stein variational gradient descent, as pure functions of particles."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BANDWIDTHS", "KERNELS", "Bandwidth", "Radial", "Structure", "moment_direction", "stein_direction"]
+__all__ = [
+    "BANDWIDTHS",
+    "KERNELS",
+    "Bandwidth",
+    "Radial",
+    "Structure",
+    "anchored_direction",
+    "anchors",
+    "moment_direction",
+    "stein_direction",
+]
 
 Bandwidth = Literal["median", "mean", "released"]
-Structure = Literal["joint", "site", "coordinate", "moments"]
+Structure = Literal["joint", "site", "coordinate", "moments", "anchored"]
+
+_RIDGE = 1e-2
 
 
 class Radial(NamedTuple):
@@ -125,6 +139,92 @@ def moment_direction(particles: Tensor, scores: Tensor) -> Tensor:
     square = stein @ stein
     factor = torch.linalg.cholesky_ex(eye + square).L
     return torch.cholesky_solve((eye - square) @ centred.T, factor).T
+
+
+def anchored_direction(
+    white: Tensor,
+    scores: Tensor,
+    factor: Tensor,
+    *,
+    kernel: Radial,
+    bandwidth: Callable[[Tensor], Tensor] | float,
+    repulsion: float,
+) -> Tensor:
+    r"""A direction for fewer particles than coordinates, whose covariance no kernel could hold: (M, D).
+
+    .. math:: y_i + \tfrac12 n_i + \tfrac12 (\bar n - u_i) + (\phi_i - \bar\phi) \, R / (1 + \|R\|_\infty)
+
+    in original coordinates over sigma, where H = L L^T, sigma and R are the standard deviations and the correlations
+    of H^-1, u the centred particles, n = H^-1 score, and y the anchors: deviations of covariance close to R and of
+    variance 1 in each coordinate. The first three terms lead a Gaussian's particles to its mean plus y from
+    anywhere; n_i, each particle's own Newton step, makes them follow a density that is not Gaussian. phi is SVGD's
+    direction with a kernel for each coordinate; R turns these into one matrix-valued kernel in the metric of H.
+
+    Args:
+        white: Whitened particles, L^T z, (M, D), M > 1.
+        scores: Whitened scores, (M, D).
+        factor: Lower factor L of the shared curvature, (D, D).
+        kernel: Radial kernel of phi.
+        bandwidth: Of phi, in coordinates over sigma.
+        repulsion: Of phi.
+
+    Returns:
+        Directions in whitened coordinates, (M, D).
+
+    References:
+        Wang, Tang, Bajaj and Liu (2019), Stein Variational Gradient Descent with Matrix-Valued Kernels, section 3; Ba
+        et al. (2022), Understanding the Variance Collapse of SVGD in High Dimensions, for what happens without.
+    """
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    axes = torch.linalg.solve_triangular(factor, eye, upper=False)
+    axes = axes / axes.square().sum(0).sqrt()
+    x, newton, correlation = white @ axes, scores @ axes, axes.T @ axes
+    phi = stein_direction(
+        x, newton, kernel=kernel, bandwidth=bandwidth, repulsion=repulsion, blocks=None, normalise=True
+    )
+    follow = 0.5 * (scores + scores.mean(0) - white + white.mean(0))
+    # A move c R in coordinates over sigma is the move c axes^T in whitened ones.
+    spread = (phi - phi.mean(0)) @ axes.T / (1 + correlation.abs().sum(0).amax())
+    return _level(anchors(*x.shape).to(x), axes, correlation) + follow + spread
+
+
+def _level(white: Tensor, axes: Tensor, correlation: Tensor, num_steps: int = 2) -> Tensor:
+    """Whitened deviations, (M, D), moved to variance 1 along each axis by Newton's steps.
+
+    Moves are along the axes themselves, so that directions in which coordinates cancel hardly change.
+    """
+    eye = torch.eye(white.shape[1], dtype=white.dtype, device=white.device)
+    for _ in range(num_steps):
+        x = white @ axes
+        covariance = x.T @ x / len(x)
+        system = torch.linalg.cholesky_ex(covariance * correlation + _RIDGE * eye).L
+        change = torch.cholesky_solve(0.5 * (1 - covariance.diagonal()).unsqueeze(-1), system).squeeze(-1)
+        white = white + (x * change) @ axes.T
+    return white
+
+
+def anchors(num: int, dim: int) -> Tensor:
+    """Fixed points, (M, D) in float64, of mean 0, variance 1 in each coordinate and as round as M points can be.
+
+    All singular values are nearly the same: an equal-norm tight frame, found by alternating projections from normal
+    draws of a fixed seed.
+
+    Reference:
+        Tropp, Dhillon, Heath and Strohmer (2005), Designing Structured Tight Frames via an Alternating Projection
+        Method.
+    """
+    return torch.from_numpy(_find_frame(num, dim))
+
+
+@lru_cache(maxsize=64)
+def _find_frame(num: int, dim: int, num_sweeps: int = 20) -> np.ndarray:
+    points = np.random.Generator(np.random.PCG64(0)).standard_normal((num, dim))
+    for _ in range(num_sweeps):
+        left, _, right = np.linalg.svd(points - points.mean(0), full_matrices=False)
+        rank = min(num - 1, dim)
+        points = left[:, :rank] @ right[:rank]
+        points = points / np.sqrt(np.square(points).mean(0))
+    return points
 
 
 def _one_block(

@@ -1,20 +1,30 @@
 """Stein variational gradient descent, differentiable through every step: the inner loop of Bayesian MAML."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.func import grad, vjp, vmap
 
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.inference.derivatives import curvature_factor, hessians, safe_fraction, scores
+from bmaml_ppl.inference.derivatives import (
+    FirstOrder,
+    curvature_factor,
+    exact_density,
+    hessians,
+    safe_fraction,
+    scores,
+)
 from bmaml_ppl.inference.kernels import (
     BANDWIDTHS,
     KERNELS,
     Bandwidth,
     Radial,
     Structure,
+    anchored_direction,
     moment_direction,
     stein_direction,
 )
@@ -31,6 +41,11 @@ from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
 __all__ = ["svgd", "update"]
 
 _SPREAD_CORRECTION = 1.5
+_CURVATURE_LIMIT = 128
+_EACH_LIMIT = 32
+_NUM_PRODUCTS = 4
+_FLOOR = 1e-3
+_PACE = 1.4
 
 
 def svgd(
@@ -52,9 +67,11 @@ def svgd(
     .. math:: z_i \leftarrow z_i + \frac{\alpha}{M} \sum_j k(z_j, z_i) \nabla \log p(z_j, D) + \nabla_{z_j} k(z_j, z_i)
 
     One particle is `map_estimate`. With `preconditioner="curvature"` the step is taken in coordinates
-    whitened by the mean Hessian of the particles, in which the posterior is round: a kernel per coordinate
+    whitened by a Hessian that all particles share, in which the posterior is round: a kernel per coordinate
     keeps its spread in many dimensions, a linear kernel its correlations, and the step is normalised by the
-    kernel's mass so that it is as long as Newton's.
+    kernel's mass so that it is as long as Newton's. The Hessian is the mean over the particles up to 32
+    coordinates, where each particle's own shortens its step, and the one at the particles' mean above, where
+    a few products with each particle's own do.
 
     Args:
         num_particles: M.
@@ -62,17 +79,19 @@ def svgd(
         step_size: alpha; None takes the preconditioner's default.
         learn_step_size: Whether the step size is meta-learned, and how finely (Meta-SGD: "parameter").
         preconditioner: "none", "adaptive" (AdaGrad with decay), "curvature"; "auto" chooses "curvature"
-            up to 32 latent coordinates.
+            up to 128 latent coordinates (32 for one particle), above which expect spread to be lost.
         kernel: "rbf" or "imq".
         structure: Which coordinates share a kernel: all ("joint", the papers'), those of a latent site
-            ("site", a graphical kernel), none ("coordinate"), or none with a linear kernel added that matches
-            covariances ("moments", needs whitening). "auto" is "moments" in whitened coordinates ("coordinate"
-            where M <= D + 1) and "site" elsewhere: one bandwidth for all loses the spread as D grows.
+            ("site", a graphical kernel), none ("coordinate"), none with a linear kernel added that matches
+            covariances ("moments"), or none with deviations held near fixed points that the Hessian scales
+            ("anchored", for fewer particles than a covariance needs; see `anchored_direction`). The last two
+            need whitening. "auto" is "moments" in whitened coordinates ("anchored" where M <= D + 1) and "site"
+            elsewhere: one bandwidth for all loses the spread as D grows.
         bandwidth: h, a number, or a rule through which no gradient passes: "median", "mean", "released" (the
             BMAML authors' code, needs M > 1). "auto" is 1 in whitened coordinates and "median" elsewhere.
         repulsion: Factor of the repulsive term; 1 is exact, 0.5 reproduces the BMAML authors' code. "auto" is 1,
             and 1 + 1.5 / M in whitened coordinates: a finite number of particles is too narrow by about that
-            much, and a Gaussian's variance is then kept within 4 % (M >= 10 and M > D + 1).
+            much, and a Gaussian's standard deviation is then kept within 8 % in each coordinate (M >= 10).
         init: "free" starts at learned particles (BMAML's Theta_0), "prior" at draws from the model's own
             prior (Grant's hierarchy); "auto" takes "prior" where the prior of a latent is learned.
         sites: Layout of z; given by the learner.
@@ -97,9 +116,11 @@ def svgd(
     check_count("num_particles", num_particles, least=1)
     check_count("num_steps", num_steps, least=0)
     _check(kernel, structure, bandwidth, num_particles)
-    if structure == "moments" and preconditioner in ("none", "adaptive"):
-        raise ValueError(f'structure="moments" needs preconditioner="curvature", got {preconditioner!r}')
-    rule = StepRule(step_size, learn_step_size, preconditioner, sites, newton=1.0 if num_particles == 1 else 0.5)
+    if structure in ("moments", "anchored") and preconditioner in ("none", "adaptive"):
+        raise ValueError(f'structure="{structure}" needs preconditioner="curvature", got {preconditioner!r}')
+    rule = StepRule(step_size, learn_step_size, preconditioner, sites)
+    if num_particles > 1:  # one particle keeps the rule of `map_estimate`
+        rule = replace(rule, newton=0.5, limit=_CURVATURE_LIMIT)
     return Inference(
         init=rule.init,
         update=partial(
@@ -126,37 +147,51 @@ def update(
     repulsion: Literal["auto"] | float,
 ) -> ParticleState:
     """One step of all particles together; see `svgd`."""
-    particles = state.particles
-    num, dim = particles.shape
+    num, dim = state.particles.shape
     whiten = rule.kind(dim) == "curvature"
     if structure == "auto":
-        structure = ("moments" if num > dim + 1 else "coordinate") if whiten else "site"
+        structure = ("moments" if num > dim + 1 else "anchored") if whiten else "site"
     if bandwidth == "auto":
         bandwidth = 1.0 if whiten else "median"
     if repulsion == "auto":
         repulsion = 1 + _SPREAD_CORRECTION / num if whiten else 1.0
-    direction = partial(
-        stein_direction,
-        kernel=kernel,
-        bandwidth=BANDWIDTHS[bandwidth] if isinstance(bandwidth, str) else bandwidth,
-        repulsion=repulsion,
-        blocks={"joint": [slice(0, dim)], "site": rule.blocks(dim)}.get(structure),
-    )
-    gradient = scores(log_density, particles)
+    options: dict[str, Any] = {
+        "kernel": kernel,
+        "bandwidth": BANDWIDTHS[bandwidth] if isinstance(bandwidth, str) else bandwidth,
+        "repulsion": repulsion,
+    }
+    blocks = {"joint": [slice(0, dim)], "site": rule.blocks(dim)}.get(structure)
     if not whiten:
-        return advance(rule, state, direction(particles, gradient))
-    curvature = -hessians(log_density, particles)
+        gradient = scores(log_density, state.particles)
+        return advance(rule, state, stein_direction(state.particles, gradient, blocks=blocks, **options))
+    newton = _find_newton(state.particles, log_density, structure, {**options, "blocks": blocks})
+    # Repelled from one point, particles may lose this much on their way to the posterior's spread.
+    fraction = safe_fraction(log_density, state.particles, state.step_size * newton, slack=1.0 + 2 * dim)
+    return advance(rule, state, newton * fraction)
+
+
+def _find_newton(
+    particles: Tensor, log_density: LogDensity, structure: Structure, options: Mapping[str, Any]
+) -> Tensor:
+    """Direction in coordinates whitened by a curvature that the particles share, taken back to z: (M, D)."""
+    num, dim = particles.shape
+    each = dim <= _EACH_LIMIT
+    curvature = -hessians(log_density, particles if each else particles.mean(0, keepdim=True))
     factor = curvature_factor(curvature.mean(0))
     white = particles @ factor
-    white_gradient = torch.linalg.solve_triangular(factor, gradient.T, upper=False).T
-    white_direction = direction(white, white_gradient, normalise=True)
+    gradient = torch.linalg.solve_triangular(factor, scores(log_density, particles).T, upper=False).T
+    if structure == "anchored" and num > 1:
+        kept = {name: options[name] for name in ("kernel", "bandwidth", "repulsion")}
+        direction = _PACE * anchored_direction(white, gradient, factor, **kept)
+    else:
+        direction = stein_direction(white, gradient, normalise=True, **options)
     if structure == "moments" and num > 1:
-        white_direction = white_direction + moment_direction(white, white_gradient)
-    white_direction = _shorten_where_sharper(white_direction, curvature, factor)
-    newton = torch.linalg.solve_triangular(factor.T, white_direction.T, upper=True).T
-    # Repelled from one point, particles may lose this much on their way to the posterior's spread.
-    fraction = safe_fraction(log_density, particles, state.step_size * newton, slack=1.0 + 2 * dim)
-    return advance(rule, state, newton * fraction)
+        direction = direction + moment_direction(white, gradient)
+    if each:
+        direction = _shorten_where_sharper(direction, curvature, factor)
+    else:
+        direction = _shorten_by_products(log_density, particles, direction, factor)
+    return torch.linalg.solve_triangular(factor.T, direction.T, upper=True).T
 
 
 def _shorten_where_sharper(direction: Tensor, curvature: Tensor, factor: Tensor) -> Tensor:
@@ -171,10 +206,45 @@ def _shorten_where_sharper(direction: Tensor, curvature: Tensor, factor: Tensor)
     return torch.cholesky_solve(direction.unsqueeze(-1), curvature_factor(0.5 * (own + eye))).squeeze(-1)
 
 
+def _shorten_by_products(log_density: LogDensity, particles: Tensor, direction: Tensor, factor: Tensor) -> Tensor:
+    """The same without the particles' Hessians, by Galerkin's method on Krylov spaces of a few products with each.
+
+    Whitened curvatures have few distinct eigenvalues, so that few products do nearly as well as the whole.
+    """
+    exact, first_order = exact_density(log_density), isinstance(log_density, FirstOrder)
+    eye = torch.eye(_NUM_PRODUCTS, dtype=direction.dtype, device=direction.device)
+
+    def shorten(z: Tensor, w: Tensor) -> Tensor:
+        pull = vjp(grad(exact), z.detach() if first_order else z)[1]
+        basis, images = [_normalise(w.detach() if first_order else w)], []
+        for _ in range(_NUM_PRODUCTS):
+            along = torch.linalg.solve_triangular(factor.T, basis[-1].unsqueeze(1), upper=True).squeeze(1)
+            image = torch.linalg.solve_triangular(factor, -pull(along)[0].unsqueeze(1), upper=False).squeeze(1)
+            images.append(image.detach() if first_order else image)
+            span = torch.stack(basis)
+            basis.append(_normalise(images[-1] - span.T @ (span @ images[-1])))
+        span = torch.stack(basis[:-1])
+        system = 0.5 * (span @ torch.stack(images).T + span @ span.T)
+        system = 0.5 * (system + system.T)
+        smallest = torch.linalg.eigvalsh(torch.nan_to_num(system))[0]
+        shifted = system + (torch.relu(_FLOOR - smallest) + torch.relu(-smallest)) * eye
+        shortened: Tensor = torch.cholesky_solve((span @ w).unsqueeze(1), torch.linalg.cholesky_ex(shifted).L).squeeze(
+            1
+        )
+        return shortened @ span
+
+    return vmap(shorten)(particles, direction)
+
+
+def _normalise(vector: Tensor) -> Tensor:
+    """Nearly of length 1, and smooth at 0, where a Krylov space ends."""
+    return vector / (vector.square().sum() + 1e-6).sqrt()
+
+
 def _check(kernel: str, structure: str, bandwidth: str | float, num_particles: int) -> None:
     for name, got, allowed in (
         ("kernel", kernel, [*KERNELS]),
-        ("structure", structure, ["auto", "joint", "site", "coordinate", "moments"]),
+        ("structure", structure, ["auto", "joint", "site", "coordinate", "moments", "anchored"]),
         ("bandwidth", bandwidth, ["auto", *BANDWIDTHS]),
     ):
         is_number = name == "bandwidth" and not isinstance(got, str) and got > 0

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bmaml_ppl.inference.kernels import BANDWIDTHS, KERNELS, moment_direction, stein_direction
+from bmaml_ppl.inference.kernels import (
+    BANDWIDTHS,
+    KERNELS,
+    anchored_direction,
+    anchors,
+    moment_direction,
+    stein_direction,
+)
 
 F64 = torch.float64
 
@@ -210,3 +217,59 @@ def test_moments_never_overshoot(size: float) -> None:
     centred = size * (x - x.mean(0))
     direction = moment_direction(size * x, 10 * scores)
     assert torch.linalg.matrix_norm(direction, 2) <= torch.linalg.matrix_norm(centred, 2) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("num", "dim"), [(2, 3), (5, 4), (20, 5), (20, 33), (20, 100), (5, 100)])
+def test_anchors_are_centred_even_and_round(num: int, dim: int) -> None:
+    y = anchors(num, dim)
+    torch.testing.assert_close(y.mean(0), torch.zeros(dim, dtype=F64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(y.square().mean(0), torch.ones(dim, dtype=F64))
+    values = torch.linalg.svdvals(y)[: min(num - 1, dim)]
+    assert values[0] <= 1.2 * values[-1]
+    assert torch.equal(anchors(num, dim), y)
+
+
+def _curvature(dim: int) -> Tensor:
+    """Factor of a curvature whose standard deviations are from .01 to 1 along random axes."""
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(dim, dim, dtype=F64, generator=generator)).Q
+    return torch.linalg.cholesky(axes * torch.logspace(0, 4, dim, dtype=F64) @ axes.T)
+
+
+OPTIONS: dict[str, Any] = {"kernel": KERNELS["rbf"], "bandwidth": 1.0, "repulsion": 1.1}
+
+
+def test_anchored_direction_is_its_formula_in_original_coordinates() -> None:
+    z, scores = _particles()
+    factor = _curvature(5)
+    covariance = torch.cholesky_inverse(factor)
+    sd = covariance.diagonal().sqrt()
+    x, newton, correlation = z / sd, scores @ covariance / sd, covariance / sd / sd.unsqueeze(1)
+    white, white_scores = z @ factor, torch.linalg.solve_triangular(factor, scores.T, upper=False).T
+    direction = anchored_direction(white, white_scores, factor, **OPTIONS)
+    still = anchored_direction(white - white, white_scores - white_scores, factor, **OPTIONS)  # anchors alone
+    phi = stein_direction(x, newton, blocks=None, normalise=True, **OPTIONS)
+    u, phi = x - x.mean(0), phi - phi.mean(0)
+    expected = 0.5 * (newton + newton.mean(0) - u) + phi @ correlation / (1 + correlation.abs().sum(0).max())
+    back = torch.linalg.solve_triangular(factor.T, (direction - still).T, upper=True).T / sd
+    torch.testing.assert_close(back, expected)
+
+
+@pytest.mark.parametrize("dim", [20, 33, 100])
+def test_anchors_are_level_in_original_coordinates_and_right_along_narrow_directions(dim: int) -> None:
+    factor = _curvature(dim)
+    zero = torch.zeros(20, dim, dtype=F64)
+    white = anchored_direction(zero, zero, factor, **OPTIONS)
+    z = torch.linalg.solve_triangular(factor.T, white.T, upper=True).T
+    ratio = z.square().mean(0) / torch.cholesky_inverse(factor).diagonal()
+    torch.testing.assert_close(ratio, torch.ones(dim, dtype=F64), atol=0.05, rtol=0)
+    # Coordinates are dominated by the wide directions; along the 20 narrowest axes, whitened, variance is 1 on average.
+    narrow = torch.linalg.eigh(factor @ factor.T).eigenvectors[:, -20:]
+    along = (z @ narrow).square().mean(0) * ((factor.T @ narrow).square().sum(0))
+    torch.testing.assert_close(along.mean(), torch.tensor(1.0, dtype=F64), atol=0.2, rtol=0)
+
+
+def test_anchored_particles_of_a_gaussian_move_to_its_mean_at_once() -> None:
+    white = _particles()[0] + 3
+    direction = anchored_direction(white, -white, _curvature(5), **OPTIONS)
+    torch.testing.assert_close(direction.mean(0), -white.mean(0))

@@ -1,5 +1,6 @@
 """SVGD: one particle is gradient ascent, many recover a Gaussian, released settings are the authors' step."""
 
+from importlib import import_module
 from math import log
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,77 @@ def test_a_gaussian_is_recovered(dim: int) -> None:
     particles = _run(svgd(num_particles=20), start, log_density, 100)
     torch.testing.assert_close(particles.std(0) / sd, torch.ones(dim, dtype=F64), atol=0.1, rtol=0)
     torch.testing.assert_close((particles.mean(0) - mean) / sd, torch.zeros(dim, dtype=F64), atol=0.1, rtol=0)
+
+
+def _rotated(dim: int) -> tuple[Tensor, LogDensity]:
+    """Standard deviations by coordinate, and a normal log density whose own are .1 to 1 along random axes."""
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(dim, dim, dtype=F64, generator=generator)).Q
+    precision = axes * torch.logspace(0, 2, dim, dtype=F64) @ axes.T
+    return torch.linalg.inv(precision).diagonal().sqrt(), lambda z: -0.5 * (z - 1) @ precision @ (z - 1)
+
+
+@pytest.mark.parametrize("num_particles", [10, 20, 50])
+@pytest.mark.parametrize("scale", [1.0, 0.05, 0.0])
+@pytest.mark.parametrize("dim", [20, 33, 100])
+def test_default_steps_keep_the_spread_of_many_latents(dim: int, scale: float, num_particles: int) -> None:
+    # Deterministic: the default number of steps from a start that is wide, narrow, or one point for all particles.
+    sd, log_density = _rotated(dim)
+    start = scale * torch.randn(num_particles, dim, dtype=F64, generator=torch.Generator().manual_seed(1))
+    inference = svgd(num_particles=num_particles)
+    particles = _run(inference, start, log_density, inference.num_steps)
+    torch.testing.assert_close(particles.mean(0), torch.ones(dim, dtype=F64), atol=0.02, rtol=0)
+    # One point stays one point where the kernels alone spread it.
+    if scale > 0 or num_particles <= dim + 1:
+        torch.testing.assert_close(particles.std(0) / sd, torch.ones(dim, dtype=F64), atol=0.1, rtol=0)
+
+
+def test_above_the_limit_spread_is_lost() -> None:
+    start = 0.05 * torch.randn(20, 129, dtype=F64, generator=torch.Generator().manual_seed(1))
+    particles = _run(svgd(), start, lambda z: -0.5 * z @ z, 10)
+    assert particles.std(0).max() < 0.5
+
+
+def test_one_particle_keeps_the_steps_of_map_estimate_where_several_would_be_whitened() -> None:
+    start = torch.randn(1, 40, dtype=F64, generator=torch.Generator().manual_seed(1))
+    log_density = _rotated(40)[1]
+    torch.testing.assert_close(
+        _run(svgd(num_particles=1), start, log_density, 3), _run(map_estimate(), start, log_density, 3)
+    )
+
+
+def _convex(z: Tensor) -> Tensor:
+    weights = torch.linspace(0.5, 2, z.shape[-1], dtype=z.dtype)
+    return -(weights * z.square()).sum() - torch.logaddexp(z, -z).sum() - 0.1 * z.sum() ** 4
+
+
+def test_products_with_each_curvature_do_what_the_whole_does() -> None:
+    # In as many coordinates as products, Krylov spaces are everything.
+    module = import_module("bmaml_ppl.inference.svgd")
+    generator = torch.Generator().manual_seed(0)
+    particles, direction = (torch.randn(6, 4, dtype=F64, generator=generator) for _ in range(2))
+    curvature = -torch.stack([torch.autograd.functional.hessian(_convex, z) for z in particles])
+    factor = torch.linalg.cholesky(curvature.mean(0))
+    whole = module._shorten_where_sharper(direction, curvature, factor)
+    torch.testing.assert_close(module._shorten_by_products(_convex, particles, direction, factor), whole)
+    assert (whole.norm(dim=1) < direction.norm(dim=1)).any()
+
+
+@pytest.mark.parametrize("each_limit", [32, 2])
+@pytest.mark.parametrize("num_particles", [2, 4, 6])
+def test_gradients_of_whitened_steps_are_finite_differences(
+    num_particles: int, each_limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Anchored up to four particles; above the limit one Hessian is shared.
+    monkeypatch.setattr(import_module("bmaml_ppl.inference.svgd"), "_EACH_LIMIT", each_limit)
+    start = torch.randn(num_particles, 3, dtype=F64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    shift = torch.tensor([0.3, -0.2, 0.1], dtype=F64, requires_grad=True)
+    inference = svgd(num_particles=num_particles)
+
+    def end(start: Tensor, shift: Tensor) -> Tensor:
+        return _run(inference, start, lambda z: banana(z - shift) - torch.logaddexp(z[2], -z[2]), 3)
+
+    assert torch.autograd.gradcheck(end, (start, shift))
 
 
 @pytest.mark.parametrize("narrow", [1e-1, 1e-2, 1e-3])
@@ -124,8 +196,12 @@ def test_whitened_steps_do_not_see_linear_coordinates() -> None:
     torch.testing.assert_close(mixed @ mix.T, plain)
 
 
+@pytest.mark.parametrize("each_limit", [32, 2])
 @pytest.mark.parametrize("preconditioner", ["none", "adaptive", "curvature"])
-def test_first_order_keeps_values_and_a_gradient_to_the_start(preconditioner: Any) -> None:
+def test_first_order_keeps_values_and_a_gradient_to_the_start(
+    preconditioner: Any, each_limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("bmaml_ppl.inference.svgd"), "_EACH_LIMIT", each_limit)
     start = torch.randn(4, 3, dtype=F64)
     inference = svgd(num_particles=4, step_size=0.05, preconditioner=preconditioner)
     exact, first = (_run(inference, start, f, 3) for f in (banana, FirstOrder(banana)))
@@ -151,6 +227,7 @@ def test_first_order_keeps_values_and_a_gradient_to_the_start(preconditioner: An
         ({"structure": 1.0}, "structure=1.0"),
         ({"preconditioner": "newton"}, "preconditioner='newton'"),
         ({"structure": "moments", "preconditioner": "none"}, "moments"),
+        ({"structure": "anchored", "preconditioner": "adaptive"}, "anchored"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

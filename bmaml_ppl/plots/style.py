@@ -28,6 +28,8 @@ __all__ = [
 
 BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#767676"
 
+_COLUMN_INCHES = 1.2
+
 CYCLE: tuple[tuple[str, Any], ...] = (
     (BLUE, "-"),
     (ORANGE, "--"),
@@ -56,9 +58,10 @@ def lighten(color: str, strength: float) -> tuple[float, ...]:
 
 
 def legend_above(ax: Axes, title: str | None = None, *, columns: int = 3) -> None:
-    """A legend between the title and the axes, where it covers no data."""
+    """A legend between the title and the axes, where it covers no data; of fewer columns where the axes are narrow."""
     handles, labels = ax.get_legend_handles_labels()
-    columns = min(columns, len(labels))
+    room = ax.get_position().width * ax.figure.get_figwidth()  # type: ignore[union-attr]
+    columns = max(1, min(columns, len(labels), int(room / _COLUMN_INCHES)))
     # Handles fill columns first; in rows, the order of drawing is the order of reading.
     order = [i for column in range(columns) for i in range(column, len(labels), columns)]
     ax.legend(

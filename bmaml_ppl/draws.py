@@ -107,7 +107,11 @@ def _(fn: td.Beta) -> Tensor:
 
 @reparameterised.register
 def _(fn: td.LKJCholesky) -> Tensor:
-    radius = reparameterised(fn._beta).unsqueeze(-1)
+    """The onion method of Lewandowski, Kurowicka and Joe (2009), section 3.2; torch's own sampler makes rows from the
+    third on too long."""
+    num_entries = torch.arange(fn.dim, dtype=fn.concentration.dtype, device=fn.concentration.device).clamp_min(1)
+    rest = fn.concentration.unsqueeze(-1) + (fn.dim - 1 - num_entries) / 2
+    radius = _normalised_gammas(torch.stack([(num_entries / 2).expand_as(rest), rest], -1))[..., :1]
     direction = _normal_like(radius, _shape(fn)).tril(-1)
     norm = direction.square().sum(-1, keepdim=True).clamp_min(torch.finfo(radius.dtype).tiny)
     rows = (radius.sqrt() * direction * torch.rsqrt(norm)).tril(-1)

@@ -110,7 +110,7 @@ def read_family(site: str, record: Record, weight: Tensor) -> Family:
     fn, weight = _unwrap(record.fn, weight if record.weight is None else weight * record.weight)
     rows = prod(fn.batch_shape)
     parameters, columns, fixed = _read_parameters(site, fn, rows)
-    value = record.value.expand(*fn.batch_shape, *fn.event_shape).reshape(rows, *fn.event_shape)
+    value = record.value.expand(fn.batch_shape + fn.event_shape).reshape(rows, *fn.event_shape)
     if not value.is_floating_point() and not isinstance(fn, dist.Categorical):
         value = value.to(columns[0])
     eta = torch.cat(columns, -1)
@@ -134,7 +134,7 @@ def _read_parameters(site: str, fn: Any, rows: int) -> tuple[list[Any], list[Ten
             raise _opaque(site, f"{type(fn).__name__}, whose {name!r} depends on its other parameters")
         value = torch.as_tensor(getattr(fn, name))
         event = value.shape[value.dim() - constraint.event_dim :]
-        value = value.expand(*fn.batch_shape, *event).reshape(rows, *event)
+        value = value.expand(fn.batch_shape + event).reshape(rows, *event)
         if constraint.is_discrete:
             fixed[name] = value
             continue

@@ -70,7 +70,11 @@ def ks_statistic(a: Tensor, b: Tensor) -> float:
     return float((ranks[0] - ranks[1]).abs().max() * (len(a) / 2) ** 0.5)
 
 
-@pytest.mark.parametrize("name", SAMPLED | OBSERVED)
+MISDRAWN = {"LKJ", "LKJCholesky", "Cholesky factors"}
+"""Torch's own draws are wrong in three dimensions and more: `test_correlations_have_the_marginals_of_lkj`."""
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLED | OBSERVED if name not in MISDRAWN])
 def test_draws_have_the_quantiles_of_the_distributions_own_sampler(name: str) -> None:
     fn = (SAMPLED | OBSERVED)[name]()
     with pyro.validation_enabled(False):

@@ -348,7 +348,8 @@ def _split(predicted: Arrays, outline: _Outline) -> tuple[Arrays, Arrays]:
 
 def _rename_totals(scores: Arrays, predicted: Arrays, outline: _Outline) -> Arrays:
     def rename(name: str, value: np.ndarray) -> str:
-        total = outline.runs_over_rows(name, predicted[name]) and not outline.runs_over_rows(name, value)
+        rows = name in predicted and outline.runs_over_rows(name, predicted[name])  # a pyro.factor predicts nothing
+        total = rows and not outline.runs_over_rows(name, value)
         return f"{name}_per_task" if total else name
 
     return {rename(name, value): value for name, value in scores.items()}

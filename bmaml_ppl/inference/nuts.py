@@ -264,6 +264,7 @@ def _as_inference(settings: dict[str, Any], prior: "LearnedPrior") -> Inference:
         num_particles=settings["num_chains"],
         num_steps=settings["num_warmup"] + settings["num_draws"],
         start=prior.start,
+        num_draws=settings["num_draws"],
     )
 
 

@@ -86,8 +86,8 @@ def meta_learn(
         tasks: Training tasks.
         num_support: Observations K that a task adapts to; a range draws K for each task anew.
         inference: Adaptation; None is `svgd()`.
-        objective: What is minimised. None is `evidence()` for `laplace()`; else `marginal_nll()` where particles start
-            at the model's own learned prior, and `chaser() + query_nll("mean")` where they are learned freely.
+        objective: What is minimised. None is `evidence()` for `laplace()`, `marginal_nll()` for `hmc()` and for
+            particles that start at the model's own learned prior, and `chaser() + query_nll("mean")` where they are learned freely.
         num_steps: Meta-steps.
         batch_size: Tasks a meta-step.
         optimizer: Makes the optimiser from a list of tensors, for example
@@ -131,7 +131,7 @@ def meta_learn(
         learned,
         adapter,
         tasks.scaled(),
-        objective or _default_objective(learned.inference, learned.start),
+        _choose_objective(objective, learned.inference, learned.start),
         _Schedule(num_steps, batch_size, optimizer, max_grad_norm),
         list(callbacks) + ([_Checkpoint(learned, Path(checkpoint_dir), num_steps)] if checkpoint_dir else []),
     )
@@ -234,7 +234,16 @@ def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
     return {k: start.params[k].detach().to(v) for k, v in params.items()}
 
 
-def _default_objective(inference: Inference, start: Start) -> Objective:
+def _choose_objective(objective: Objective | None, inference: Inference, start: Start) -> Objective:
+    if inference.num_draws:
+        if objective is not None and any(name != "marginal_nll" for _, name, _ in objective.terms):
+            raise ValueError(
+                f"objective={objective} needs gradients through the draws of {inference.name}, which are constants; "
+                "write objective=marginal_nll()"
+            )
+        return objective or marginal_nll()
+    if objective is not None:
+        return objective
     if inference.name == "laplace":
         return evidence()
     return marginal_nll() if start == "prior" else chaser() + query_nll("mean")

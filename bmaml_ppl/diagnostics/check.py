@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.diagnostics import findings, fit
 from bmaml_ppl.diagnostics.evidence import Evidence, Finding
@@ -93,29 +95,40 @@ class Verdict:
 def check(posterior: "Posterior", query: "Tasks | None" = None, /, *, num_samples: int = 1000, **data: Any) -> Verdict:
     """Asks whether a posterior can be believed.
 
-    Questions: are draws finite; do particles have the posterior's spread (`svgd` and others without a known density);
-    did the optimiser arrive, is the curvature that of a maximum, and is Pareto's k-hat small (`laplace`); do chains
-    mix (`hmc`, `nuts`); do restarts agree; does the posterior lie where the prior expects it; are the data as likely
-    as data that the model draws; are held-out observations covered. A posterior can pass all of them and be wrong:
+    Questions: are draws finite; do they lie where the density says, as far apart as it says (by curvature, or by
+    importance weights); did the optimiser arrive, is the curvature that of a maximum, is Pareto's k-hat small
+    (`laplace`); do chains mix (`hmc`, `nuts`); do restarts agree; does the posterior lie where the prior expects it;
+    are the data as likely as data that the model draws; are held-out observations covered. Above 128 latents chains
+    and restarts are compared by their log densities. A posterior can pass all of them and be wrong:
     simulation-based calibration (`bmaml_ppl.diagnostics.sbc`) asks whether the inference is right on average.
 
     Args:
         posterior: Adapted tasks; adapt with `num_restarts=4` to let restarts be compared.
         query: The same tasks with observations that were not adapted to, in the user's units.
-        num_samples: S, draws.
+        num_samples: S, draws. Memory and time grow with S times the tasks and their latents: of hundreds of networks
+            look at some, `posterior[:50]`.
         **data: The same as keyword tensors.
 
     Returns:
         The verdict; true where it is to be believed.
 
     Raises:
-        ValueError: If the query is of other tasks, or its data do not fit the model.
+        TypeError: If something else than a posterior of tasks is given.
+        ValueError: If the query is of other tasks, holds the data adapted to, or does not fit the model.
     """
     check_count("num_samples", num_samples, least=100)
+    if not hasattr(posterior, "read_tasks"):
+        raise TypeError(f"got a {type(posterior).__name__}; give what prior.adapt(...) or nuts(...) returns")
     held_out = None if query is None and not data else posterior.read_tasks(query, data, need_outputs=True)
+    if held_out is not None and _is_adapted_to(posterior.tasks, held_out):
+        raise ValueError("the query holds the observations that were adapted to; give others, or none")
     evidence = Evidence(posterior, held_out, num_samples)
     found: list[Finding] = []
     for question in _QUESTIONS:
         answer = question(evidence)
         found.extend(answer if isinstance(answer, list) else [] if answer is None else [answer])
     return Verdict(tuple(found), repr(posterior), len(posterior))
+
+
+def _is_adapted_to(seen: "Tasks", query: "Tasks") -> bool:
+    return all(key in query.data and torch.equal(value, query.data[key]) for key, value in seen.data.items())

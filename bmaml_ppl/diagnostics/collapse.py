@@ -24,12 +24,15 @@ class Collapse(NamedTuple):
         coordinate: The same of each coordinate, (D,).
         worst: Index of the site farthest from 1, counted in factors.
         num_distinct: How many particles differ from each other.
+        shift: Each site's distance of the particles' mean from where their mean score leads, in posterior standard
+            deviations, root mean square over coordinates, (K,); NaN above 128 coordinates.
     """
 
     spread: Tensor
     coordinate: Tensor
     worst: Tensor
     num_distinct: Tensor
+    shift: Tensor
 
 
 def describe_particles(log_density: LogDensity, particles: Tensor, sites: Mapping[str, SiteLayout]) -> Collapse:
@@ -47,14 +50,18 @@ def describe_particles(log_density: LogDensity, particles: Tensor, sites: Mappin
         particles: In unconstrained coordinates, (M, D), M > 1.
         sites: Layout of z, K sites.
     """
+    slopes = scores(log_density, particles)
     if particles.shape[1] <= _DENSE_LIMIT:
-        squared = local_spread(log_density, particles).square()
+        covariance = _local_covariance(log_density, particles)
+        squared = particles.var(0) / covariance.diagonal()
+        moved = (covariance @ slopes.mean(0)).square() / covariance.diagonal()
     else:
-        squared = stein_spread(particles, scores(log_density, particles))
+        squared, moved = stein_spread(particles, slopes), torch.full_like(slopes[0], torch.nan)
+    shift = torch.stack([moved[site.start : site.stop].mean() for site in sites.values()]).sqrt()
     means = torch.stack([squared[site.start : site.stop].mean() for site in sites.values()])
     spread, coordinate = (value.clamp_min(0.0).sqrt() for value in (means, squared))
     away = spread.clamp_min(torch.finfo(spread.dtype).tiny).log().abs()
-    return Collapse(spread, coordinate, away.argmax(), count_distinct(particles))
+    return Collapse(spread, coordinate, away.argmax(), count_distinct(particles), shift)
 
 
 def local_spread(log_density: LogDensity, particles: Tensor) -> Tensor:
@@ -66,10 +73,15 @@ def local_spread(log_density: LogDensity, particles: Tensor) -> Tensor:
         log_density: Of one task.
         particles: (M, D), M > 1.
     """
+    return particles.std(0) / _local_covariance(log_density, particles).diagonal().sqrt()
+
+
+def _local_covariance(log_density: LogDensity, particles: Tensor) -> Tensor:
+    """Inverse of the particles' mean negative Hessian, (D, D)."""
     factor = curvature_factor(-hessians(log_density, particles).mean(0))
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    variance = torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(0)
-    return particles.std(0) / variance.sqrt()
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return inverse.T @ inverse
 
 
 def stein_spread(particles: Tensor, scores: Tensor) -> Tensor:

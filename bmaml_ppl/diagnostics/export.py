@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["ess", "flatten_observations", "pareto_khat", "rhat", "save_tree", "to_tree"]
+__all__ = ["flatten_observations", "pareto_khat", "save_tree", "to_tree"]
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 Coords: TypeAlias = Mapping[str, Any]
@@ -252,32 +252,6 @@ def _find_engine(suffix: str) -> str:
             return engine
     packages = " or ".join(" ".join(modules) for modules in _ENGINES[suffix].values())
     raise ModuleNotFoundError(f"Saving to {suffix} needs {packages}. Run: pip install {modules[-1]}")
-
-
-def rhat(draws: np.ndarray) -> np.ndarray:
-    """Rank-normalised split R-hat of chains, `(C, S, ...) -> (...)`; NaN for one chain or fewer than 4 draws.
-
-    References:
-        Vehtari et al. (2021), Rank-normalization, folding, and localization: an improved R-hat, section 4.
-    """
-    return _diagnose("rhat", draws)
-
-
-def ess(draws: np.ndarray) -> np.ndarray:
-    """Bulk effective number of draws of chains, `(C, S, ...) -> (...)`, from the same paper; NaN below 4 draws."""
-    return _diagnose("ess", draws)
-
-
-def _diagnose(statistic: str, draws: np.ndarray) -> np.ndarray:
-    import arviz
-
-    draws = np.asarray(draws)
-    _check_samples({"draws": {"x": draws}})
-    if draws.shape[1] < 4 or (statistic == "rhat" and draws.shape[0] < 2):
-        return np.full(draws.shape[2:], np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):  # of draws that do not vary
-        found = getattr(arviz, statistic)(arviz.dict_to_dataset({"x": draws}))
-    return np.asarray(found["x"].values, dtype=float)
 
 
 def pareto_khat(log_ratios: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Questions about an inference: did it find the posterior of the model as it is?"""
 
+from math import log
+
 import torch
 from torch import Tensor
 from torch.func import vmap
@@ -8,7 +10,8 @@ from bmaml_ppl.adaptation import TaskData, one_task, seeded
 from bmaml_ppl.diagnostics.collapse import Collapse, describe_particles, same_starts
 from bmaml_ppl.diagnostics.curvature import describe_curvature
 from bmaml_ppl.diagnostics.evidence import Evidence, Finding
-from bmaml_ppl.diagnostics.export import ess, pareto_khat, rhat
+from bmaml_ppl.diagnostics.export import pareto_khat
+from bmaml_ppl.diagnostics.mixing import ess, rhat
 from bmaml_ppl.posterior import RESTART_STREAM
 from bmaml_ppl.task_density import TaskDensity
 
@@ -16,6 +19,10 @@ __all__ = ["find_chains", "find_curvature", "find_finite", "find_khat", "find_re
 
 _MOVED = ("map_estimate", "svgd")
 """Algorithms whose particles are the posterior."""
+
+_ENOUGH = 100
+_LARGE = 128
+"""Latents above which chains are compared by their log densities: weights of a network can be exchanged for others."""
 
 _CLOUD = 200
 _CHUNK_FLOATS = 2**24
@@ -37,35 +44,79 @@ def find_finite(evidence: Evidence) -> Finding:
     )
 
 
-def find_spread(evidence: Evidence) -> Finding | None:
-    """Whether particles, or draws of an approximation, are as far apart as the density says; None where k-hat or R-hat
-    say more. See `describe_particles`; of several restarts the worst counts."""
+def find_spread(evidence: Evidence) -> list[Finding]:
+    """Whether particles, or draws of an approximation, lie where the density says and as far apart; nothing of Markov
+    chains. Of several restarts the worst counts."""
     posterior = evidence.posterior
-    if "log_q" in evidence.stats or posterior.inference.num_draws:
-        return None
+    if posterior.inference.num_draws:
+        return []
+    if "log_q" in evidence.stats:
+        return _weigh(evidence)
     if posterior.inference.name in _MOVED:
         clouds = [state.particles for state in posterior.states]
     else:
         clouds = [evidence.draws[:, :: max(evidence.num_samples // _CLOUD, 1)]]
     if clouds[0].shape[1] == 1:
         reason = "one point has no spread, intervals hold the noise alone: svgd, laplace or hmc"
-        return Finding("spread", "fail", 0.0, "a posterior", reason, posterior.names)
+        return [Finding("spread", "fail", 0.0, "a posterior", reason, posterior.names)]
     found = [_describe(evidence, cloud) for cloud in clouds]
-    ratio = torch.cat([each.spread for each in found], 1)
-    away = ratio.clamp_min(1e-9).log().abs()
-    graded = evidence.grade(
+    return _judge_moments(
+        evidence,
+        torch.cat([each.spread for each in found], 1),
+        torch.cat([each.shift for each in found], 1),
+        (0.8, 0.5),
+    )
+
+
+def _weigh(evidence: Evidence) -> list[Finding]:
+    """Moments of draws beside those of the same draws with importance weights, or beside the density's curvature where
+    few of the weights count."""
+    weight = torch.softmax((evidence.stats["lp"] - evidence.stats["log_q"]).double(), 1).unsqueeze(-1)
+    z = evidence.draws.double()
+    mean = (weight * z).sum(1, keepdim=True)
+    variance = (weight * (z - mean).square()).sum(1)
+    sites = evidence.posterior.density.sites.values()
+    ratio = z.var(1) / variance.clamp_min(torch.finfo(z.dtype).tiny)
+    moved = (z.mean(1) - mean.squeeze(1)).square() / variance.clamp_min(torch.finfo(z.dtype).tiny)
+    spread, shift = (
+        torch.stack([value[:, site.slice].mean(1) for site in sites], 1).sqrt() for value in (ratio, moved)
+    )
+    broad = (1 / weight.square().sum((1, 2)) > _ENOUGH).unsqueeze(1)
+    if not bool(broad.all()):  # a few weights that outweigh the others say nothing of moments
+        local = _describe(evidence, evidence.draws[:, :: max(evidence.num_samples // _CLOUD, 1)])
+        spread, shift = torch.where(broad, spread, local.spread), torch.where(broad, shift, local.shift)
+    return _judge_moments(evidence, spread, shift, (0.75, 0.6))
+
+
+def _judge_moments(evidence: Evidence, spread: Tensor, shift: Tensor, least: tuple[float, float]) -> list[Finding]:
+    """Findings on the ratio of standard deviations and on the shift of means of each task and site, (T, K) each; NaN
+    where it is not known."""
+    warn, fail = least
+    away = spread.clamp_min(1e-9).log().abs().nan_to_num(nan=0.0)
+    found = evidence.grade(
         "spread",
         away.amax(1),
-        0.224,
-        0.7,
-        "0.8 to 1.25 of the posterior's sd, fails beyond 0.5 to 2",
+        -log(warn),
+        -log(fail),
+        f"{warn} to {1 / warn:.3g} of the posterior's sd, fails beyond {fail} to {1 / fail:.3g}",
         (
             "draws are as far apart as the density says",
-            "particles are closer together, or farther apart, than the density says: more particles or steps, laplace "
-            "or hmc",
+            "draws are closer together, or farther apart, than the density says: more particles or steps, or hmc",
         ),
     )
-    return graded._replace(value=ratio.flatten()[away.flatten().argmax()].item())
+    findings = [found._replace(value=spread.flatten()[away.flatten().argmax()].item())]
+    if not shift.isnan().all():
+        findings.append(
+            evidence.grade(
+                "location",
+                shift.nan_to_num(nan=0.0).amax(1),
+                0.35,
+                0.8,
+                "mean within 0.35 posterior sd, fails beyond 0.8",
+                ("draws lie where the density says", "draws lie aside of the density: more steps, or hmc"),
+            )
+        )
+    return findings
 
 
 def _describe(evidence: Evidence, cloud: Tensor) -> Collapse:
@@ -149,14 +200,16 @@ def find_chains(evidence: Evidence) -> list[Finding]:
     if not posterior.inference.num_draws:
         return []
     draws = torch.cat([state.draws for state in posterior.states], 1)
-    moved = draws.movedim(0, 2).double().cpu().numpy()
-    effective = torch.as_tensor(ess(moved)).amin(-1)
+    if draws.shape[-1] > _LARGE:
+        draws = torch.cat([state.log_density for state in posterior.states], 1).unsqueeze(-1)
+    moved = draws.movedim(0, 2)
+    effective = ess(moved).amin(-1)
     enough = 100.0 * draws.shape[1]
     divergent = torch.cat([state.diverging for state in posterior.states], 1).double().mean((1, 2))
     found = [
         evidence.grade(
             "effective sample size",
-            enough / effective,
+            enough / effective.clamp_min(1e-9),
             1.0,
             4.0,
             f">= {enough:.0f}",
@@ -181,8 +234,8 @@ def find_chains(evidence: Evidence) -> list[Finding]:
     return found
 
 
-def _compare_chains(evidence: Evidence, name: str, draws: object, warn: float, fail: float, remedy: str) -> Finding:
-    values = torch.as_tensor(rhat(draws))  # type: ignore[arg-type]
+def _compare_chains(evidence: Evidence, name: str, draws: Tensor, warn: float, fail: float, remedy: str) -> Finding:
+    values = rhat(draws)
     return evidence.grade(
         name,
         values.amax(-1),
@@ -201,17 +254,21 @@ def find_restarts(evidence: Evidence) -> Finding | None:
     """Whether adaptations from starts of their own agree; None for Markov chains, which are restarts themselves."""
     posterior = evidence.posterior
     name, limit = "agreement of restarts (R-hat)", "<= 1.05, fails above 1.2"
-    if posterior.inference.num_draws:
+    if posterior.inference.num_draws or posterior.inference.name == "map_estimate":
         return None
     if len(posterior.states) == 1:
         return Finding(name, "unknown", None, limit, "there is one adaptation: write prior.adapt(..., num_restarts=4)")
     if _begin_alike(evidence):
         reason = "restarts began at the same place, so that their agreement says nothing: "
-        return Finding(name, "unknown", None, limit, reason + 'start at draws from the prior (init="prior")')
-    each = evidence.num_samples // len(posterior.states)
+        advice = "write laplace(num_particles=5)" if "log_q" in evidence.stats else 'start with init="prior"'
+        return Finding(name, "unknown", None, limit, f"{reason}{advice}, at draws from the prior")
+    each = max(evidence.num_samples // len(posterior.states), 50)
     drawn = evidence.posterior.draws(each * len(posterior.states))
     drawn = drawn.unsqueeze(1) if posterior.single else drawn
-    chains = drawn.reshape(len(posterior.states), each, *drawn.shape[1:]).double().cpu().numpy()
+    chains = drawn.reshape(len(posterior.states), each, *drawn.shape[1:])
+    if chains.shape[-1] > _LARGE:
+        density = posterior.sample_stats(each * len(posterior.states))["lp"]
+        chains = density.reshape(len(posterior.states), each, -1, 1)
     return _compare_chains(evidence, name, chains, 1.05, 1.2, "num_steps")._replace(limit=limit)
 
 

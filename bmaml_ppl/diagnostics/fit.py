@@ -109,7 +109,7 @@ def find_conflict(evidence: Evidence) -> Finding:
     Reference:
         Evans and Moshonov (2006), Checking for Prior-Data Conflict, section 3.
     """
-    name, limit = "prior-data conflict", "p >= 0.001 (Bonferroni over coordinates)"
+    name, limit = "prior-data conflict", "p >= 0.001 (Bonferroni over coordinates and tasks)"
     posterior = evidence.posterior
     try:
         with torch.no_grad(), seeded(posterior.seed + _CHECK_STREAM, evidence.draws.device):
@@ -118,7 +118,7 @@ def find_conflict(evidence: Evidence) -> Finding:
         return Finding(name, "unknown", None, limit, "the model's prior cannot be drawn from")
     apart = before.var(1) - evidence.draws.var(1)
     moved = (evidence.draws.mean(1) - before.mean(1)).abs() * apart.clamp_min(0.05 * before.var(1)).rsqrt()
-    tail = torch.special.erfc(moved.double() / 2**0.5).amin(1) * moved.shape[1]
+    tail = torch.special.erfc(moved.double() / 2**0.5).amin(1) * moved.shape[1] * len(moved)
     found = evidence.grade(
         name,
         -tail.clamp(1e-300, 1).log10(),
@@ -134,7 +134,7 @@ def find_conflict(evidence: Evidence) -> Finding:
     return found._replace(value=tail.min().clamp_max(1.0).item())
 
 
-def find_fit(evidence: Evidence) -> Finding | None:
+def find_fit(evidence: Evidence) -> Finding:
     """Whether data that the model draws are as likely under it as what was adapted to: a posterior predictive p-value
     of all tasks together.
 
@@ -145,12 +145,14 @@ def find_fit(evidence: Evidence) -> Finding | None:
         Gelman, Meng and Stern (1996), Posterior Predictive Assessment of Model Fitness, section 2.3.
     """
     posterior = evidence.posterior
+    name, limit = "fit of the likelihood", "p > 0.02, fails at 0.002"
     if None in posterior.density.observed.values():
-        return None
+        reason = "the model observes what cannot be simulated, a pyro.factor or a value computed from data"
+        return Finding(name, "unknown", None, limit, reason)
     with torch.no_grad(), seeded(posterior.seed + 2 * _CHECK_STREAM, evidence.draws.device):
         observed, replicated = _compare_likelihoods(evidence, evidence.batch)
     if not observed.isfinite().all():
-        return None
+        return Finding(name, "unknown", None, limit, "observations have no density under some draw")
     each = _two_sided(observed, replicated)
     pooled = _two_sided(observed.sum(0, keepdim=True), replicated.sum(0, keepdim=True)).item()
     level: Level = "fail" if pooled <= 2e-3 else "warn" if pooled <= 0.02 else "pass"
@@ -159,7 +161,7 @@ def find_fit(evidence: Evidence) -> Finding | None:
     if level != "pass":
         reason += ": the likelihood does not fit (its shape, its noise, or the curve)"
     flagged = () if level == "pass" else evidence.worst(-each, each < 0.01)
-    return Finding("fit of the likelihood", level, pooled, "p > 0.02, fails at 0.002", reason, flagged)
+    return Finding(name, level, pooled, limit, reason, flagged)
 
 
 def _compare(observed: Tensor, replicated: Tensor) -> str:

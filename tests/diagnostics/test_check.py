@@ -222,6 +222,48 @@ def test_collapsed_particles_are_not_believed() -> None:
     assert check(narrow)["spread"].value == pytest.approx(0.2, abs=0.06)
 
 
+@pytest.mark.parametrize(("factor", "level"), [(0.25, "fail"), (0.5, "warn"), (1.0, "pass"), (4.0, "fail")])
+def test_a_gaussian_of_the_wrong_width_is_seen(factor: float, level: str) -> None:
+    tasks = toys.line_tasks(20, 8)
+    prior = untrained(toys.straight, tasks)
+    posterior = prior.adapt(tasks, inference=laplace())
+    precision = posterior.state.precision
+    wrong = precision._replace(factor=precision.factor * factor**-0.5)
+    verdict = check(replace(posterior, state=posterior.state._replace(precision=wrong)))
+    assert verdict["spread"].level == level
+    assert verdict["location"].level == "pass"
+
+
+def test_particles_aside_of_the_posterior_are_not_believed() -> None:
+    prior, support, _ = right(8)
+    posterior = prior.adapt(support, inference=svgd())
+    sd = posterior.state.particles.std(1, keepdim=True)
+    moved = posterior.state._replace(particles=posterior.state.particles + 1.5 * sd)
+    assert check(posterior)["location"].level == "pass"
+    found = check(replace(posterior, state=moved))["location"]
+    assert found.level == "fail"
+    assert found.value == pytest.approx(1.5, abs=0.4)
+
+
+def test_other_things_are_refused() -> None:
+    prior, support, _ = right(4)
+    with pytest.raises(TypeError, match=r"got a LearnedPrior; give what prior\.adapt"):
+        check(prior)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="were adapted to"):
+        check(prior.adapt(support), support)
+
+
+def test_many_latents_are_compared_by_their_density() -> None:
+    def wide(x: Tensor, y: Tensor | None = None) -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(130), pyro.param("sd", torch.ones(130))).to_event(1))
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("obs", dist.Normal(a.sum() / 130**0.5 + 0 * x, 0.5), obs=y)
+
+    tasks = toys.level_tasks(2, 3)
+    verdict = check(untrained(wide, tasks).adapt(tasks, inference=CHAINS))
+    assert verdict["agreement of chains"].value == pytest.approx(1.0, abs=0.2)
+
+
 def test_broken_draws_fail() -> None:
     prior, support, _ = right(4)
     posterior = prior.adapt(support, inference=svgd())

@@ -293,30 +293,6 @@ def test_khat_of_what_is_no_tail() -> None:
             export.pareto_khat(bad)
 
 
-def test_rhat_and_ess_of_chains() -> None:
-    rng = np.random.default_rng(4)
-    draws = rng.normal(size=(4, 500, 2, 3))
-    draws[0, :, 0, 0] += 3
-    draws[..., 1, 2] = np.cumsum(draws[..., 1, 2], axis=1)
-    draws[..., 1, 1] = 1.0
-    rhat, ess = export.rhat(draws), export.ess(draws)
-    assert rhat.shape == ess.shape == (2, 3)
-    wrong = np.zeros((2, 3), dtype=bool)
-    wrong[0, 0] = wrong[1, 2] = True
-    assert np.isnan(rhat[1, 1])
-    assert (rhat[wrong] > 1.1).all()
-    assert (ess[wrong] < 100).all()
-    wrong[1, 1] = True
-    # Independent draws: R-hat strays from 1 by about 1 / 2000, an effective number by about 5 %.
-    assert (np.abs(rhat[~wrong] - 1) < 0.01).all()
-    assert ((ess[~wrong] > 1500) & (ess[~wrong] < 2500)).all()
-    assert export.rhat(draws[..., 0, 0]).shape == ()
-    assert np.isnan(export.rhat(draws[:1])).all()
-    assert np.isnan(export.ess(draws[:, :3])).all()
-    with pytest.raises(ValueError, match=r"chain, draw"):
-        export.rhat(draws[0, :, 0, 0])
-
-
 @pytest.mark.parametrize("as_text", [True, False])
 def test_netcdf_round_trip(tmp_path: Path, as_text: bool, tree: Any) -> None:
     path = tmp_path / "tree.nc"

@@ -13,6 +13,7 @@ import bmaml_ppl as bp
 from bmaml_ppl.adaptation import Adapter, as_task_data
 from bmaml_ppl.inference import hmc
 from bmaml_ppl.inference.chains import thin
+from bmaml_ppl.objectives import Objective, chaser, marginal_nll, query_nll
 from tests import toys
 
 F64 = torch.float64
@@ -181,6 +182,23 @@ def test_meta_learning_with_hmc_is_stochastic_em(prior: bp.LearnedPrior) -> None
     # noise .5 and sd 1 generated the tasks; the start is 1 and .5.
     assert learned.params["noise"].item() == pytest.approx(0.5, abs=0.1)
     assert learned.params["sd"].log().item() == pytest.approx(log(1.0), abs=0.35)
+
+
+@pytest.mark.parametrize("objective", [query_nll(), chaser() + marginal_nll()], ids=str)
+def test_objectives_that_need_gradients_through_draws_are_refused(objective: Objective) -> None:
+    with pytest.raises(ValueError, match=r"write objective=marginal_nll\(\)"):
+        bp.meta_learn(
+            toys.level, toys.level_tasks(4, 4), num_support=2, num_steps=1, objective=objective, inference=hmc()
+        )
+
+
+def test_a_free_start_has_nothing_to_learn_of_hmc() -> None:
+    prior = bp.meta_learn(
+        toys.level, toys.level_tasks(6, 6), num_support=3, num_steps=3, compile=False, progress=False,
+        inference=hmc(num_chains=2, num_warmup=5, num_draws=2, num_leapfrog=2, init="free"),
+    )  # fmt: skip
+    assert prior.history.grad_norm[0] > 0
+    assert prior.params["mean"] != 0.5
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def meta_learn(
         num_support: Observations K that a task adapts to; a range draws K for each task anew.
         inference: Adaptation; None is `svgd()`.
         objective: What is minimised. None is `evidence()` for `laplace()`, `marginal_nll()` for `hmc()` and for
-            particles that start at the model's own learned prior, and `chaser() + query_nll("mean")` where they are learned freely.
+            particles that start at the model's own learned prior, and `chaser() + query_nll("mean")` where they are
+            learned freely.
         num_steps: Meta-steps.
         batch_size: Tasks a meta-step.
         optimizer: Makes the optimiser from a list of tensors, for example

@@ -296,7 +296,7 @@ class Posterior:
         return posterior_tree(self, new, num_samples or self.inference.num_draws or 1000, coords, dims)
 
     def as_guide(self) -> Callable[..., dict[str, Tensor]]:
-        """A Pyro guide that draws from this posterior, for `pyro.infer.Predictive` and `Importance`.
+        """A Pyro guide that draws from this posterior's first restart, for `pyro.infer.Predictive` and `Importance`.
 
         Its density is that of `laplace`'s Gaussian, or mixture of Gaussians; for particles, a smooth mixture around
         them with their covariance (a point where there is only one), so that importance weights are proper. Data

@@ -28,6 +28,7 @@ _QUESTIONS: tuple[Callable[[Evidence], Finding | list[Finding] | None], ...] = (
     fit.find_coverage,
 )
 _SHOWN_TASKS = 4
+_DRAW_FLOATS = 2**26
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def check(posterior: "Posterior", query: "Tasks | None" = None, /, *, num_sample
     Args:
         posterior: Adapted tasks; adapt with `num_restarts=4` to let restarts be compared.
         query: The same tasks with observations that were not adapted to, in the user's units.
-        num_samples: S, draws. Memory and time grow with S times the tasks and their latents: of hundreds of networks
-            look at some, `posterior[:50]`.
+        num_samples: S, draws a task; fewer, and at least 200, where tasks times latents are so many that draws would
+            not fit into a quarter of a gigabyte.
         **data: The same as keyword tensors.
 
     Returns:
@@ -122,7 +123,8 @@ def check(posterior: "Posterior", query: "Tasks | None" = None, /, *, num_sample
     held_out = None if query is None and not data else posterior.read_tasks(query, data, need_outputs=True)
     if held_out is not None and _is_adapted_to(posterior.tasks, held_out):
         raise ValueError("the query holds the observations that were adapted to; give others, or none")
-    evidence = Evidence(posterior, held_out, num_samples)
+    room = _DRAW_FLOATS // (len(posterior) * posterior.density.dim)
+    evidence = Evidence(posterior, held_out, min(num_samples, max(room, 200)))
     found: list[Finding] = []
     for question in _QUESTIONS:
         answer = question(evidence)

@@ -130,7 +130,7 @@ def _learn(study: Study, method: str, split: Split, settings: GrowthSettings) ->
     train = split.train if study.standardize else replace(split.train, scaling=None)
     steps = settings.svgd_steps if method == SVGD else settings.laplace_steps
     how: dict[str, Any] = {
-        SVGD: {"inference": svgd(), "objective": marginal_nll()},
+        SVGD: {"inference": svgd(num_steps=10), "objective": marginal_nll()},
         LAPLACE: {"inference": laplace(), "objective": evidence()},
     }[method]
     return meta_learn(

@@ -5,10 +5,13 @@ from math import log
 from types import SimpleNamespace
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
+from bmaml_ppl.density import from_model
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.inference.derivatives import FirstOrder
 from bmaml_ppl.types import Inference, LogDensity
@@ -233,3 +236,16 @@ def test_first_order_keeps_values_and_a_gradient_to_the_start(
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         svgd(**options)
+
+
+@pytest.mark.parametrize(("dim", "steps"), [(1, 10), (8, 10), (9, 20), (128, 20), (129, 10)])
+def test_steps_follow_the_number_of_latents(dim: int, steps: int) -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("obs", dist.Normal(a.sum() + 0 * x, 1.0), obs=y)
+
+    sites = from_model(model, {"x": torch.zeros(2), "y": torch.zeros(2)}).sites
+    assert svgd(sites=sites).num_steps == steps
+    assert svgd(sites=sites, num_steps=3).num_steps == 3
+    assert svgd().num_steps == 10

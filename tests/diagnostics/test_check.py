@@ -50,7 +50,7 @@ def test_a_right_model_is_believed(inference: Any) -> None:
 
 
 def test_false_alarms_are_rare() -> None:
-    # 12 right models of 40 tasks with an exact posterior: none fails; of their 84 answers at most two warn.
+    # 12 right models of 40 tasks with an exact posterior: none fails; of all their answers at most two warn.
     warnings = 0
     for seed in range(12):
         prior, support, query = right(seed=seed)

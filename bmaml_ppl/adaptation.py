@@ -19,7 +19,16 @@ from bmaml_ppl.task_density import TaskDensity
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference, LogDensity, Start, Tensors
 
-__all__ = ["Adapter", "TaskData", "as_task_data", "check_inference", "one_task", "resolve_start", "seeded"]
+__all__ = [
+    "Adapter",
+    "TaskData",
+    "as_task_data",
+    "check_inference",
+    "one_task",
+    "over_tasks",
+    "resolve_start",
+    "seeded",
+]
 
 
 _DENSE_LIMIT = 128
@@ -186,7 +195,7 @@ class Adapter:
             count = torch.zeros(num_draws, device=next(iter(task.data.values())).device)
             return vmap(lambda _: self.density.draw_prior(prior, task.data), randomness="different")(count)
 
-        return _over_tasks(draw, tasks, randomness=self.randomness)
+        return over_tasks(draw, tasks, randomness=self.randomness)
 
     def draw_unadapted(self, prior: Tensors, tasks: TaskData, num_draws: int) -> Tensor:
         """Draws of z before any observation, (T, num_draws, D): from the model's prior, or from the learned start."""
@@ -205,32 +214,32 @@ class Adapter:
 
     def _begin(self, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         if self.start == "free":
-            return _over_tasks(lambda task: self.inference.init(prior), tasks)
+            return over_tasks(lambda task: self.inference.init(prior), tasks)
         drawn = self.draw_prior(prior, tasks, self.inference.num_particles)
-        return _over_tasks(lambda task, z: self.inference.init({**prior, "particles": z}), tasks, drawn)
+        return over_tasks(lambda task, z: self.inference.init({**prior, "particles": z}), tasks, drawn)
 
     def _prepare(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         assert self.inference.prepare is not None
         prepare = self.inference.prepare
-        return _over_tasks(lambda task, s: prepare(s, self.log_density(prior, task)), tasks, state)
+        return over_tasks(lambda task, s: prepare(s, self.log_density(prior, task)), tasks, state)
 
     def _measure(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         assert self.inference.measure is not None
         measure = self.inference.measure
-        return _over_tasks(lambda task, s: measure(s, self.log_density(prior, task)), tasks, state)
+        return over_tasks(lambda task, s: measure(s, self.log_density(prior, task)), tasks, state)
 
     def _score(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
             return vmap(grad(self._bind(prior, task)))(z)
 
-        return _over_tasks(of_task, tasks, particles)
+        return over_tasks(of_task, tasks, particles)
 
     def _hessian(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
             exact = self._bind(prior, task)
             return vmap(lambda particle: exact_hessian(exact, particle))(z)
 
-        return _over_tasks(of_task, tasks, particles)
+        return over_tasks(of_task, tasks, particles)
 
     def _multiply(self, particles: Tensor, v: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         """Products of the negative Hessians with v, (T, M, D)."""
@@ -239,26 +248,26 @@ class Adapter:
             exact = self._bind(prior, task)
             return vmap(lambda particle, w: -vjp(grad(exact), particle)[1](w)[0])(z, v)
 
-        return _over_tasks(of_task, tasks, particles, v)
+        return over_tasks(of_task, tasks, particles, v)
 
     def _update(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
 
         def of_task(task: TaskData, state: Any) -> Any:
             return self.inference.update(state, self.log_density(prior, task))
 
-        return _over_tasks(of_task, tasks, state, randomness=self.randomness)
+        return over_tasks(of_task, tasks, state, randomness=self.randomness)
 
     def _log_joint(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
             return vmap(self._bind(prior, task))(z)
 
-        return _over_tasks(of_task, tasks, particles)
+        return over_tasks(of_task, tasks, particles)
 
     def _log_likelihood(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:
             return vmap(self._bind(prior, task).log_likelihood)(z)
 
-        return _over_tasks(of_task, tasks, particles)
+        return over_tasks(of_task, tasks, particles)
 
 
 def _solve(precision: Any, v: Tensor) -> Tensor:
@@ -267,17 +276,29 @@ def _solve(precision: Any, v: Tensor) -> Tensor:
     return solved
 
 
-def _over_tasks(
-    function: Callable[..., Any], tasks: TaskData, *batched: Any, randomness: Literal["same", "different"] = "same"
+def over_tasks(
+    function: Callable[..., Any],
+    tasks: TaskData,
+    *batched: Any,
+    randomness: Literal["same", "different"] = "same",
+    chunk_size: int | None = None,
 ) -> Any:
-    """Maps a function of one task over a batch, with other arguments that have a leading task dimension."""
+    """Maps a function of one task over a batch, with other arguments that have a leading task dimension.
+
+    Args:
+        function: Of `TaskData`, then of the others.
+        tasks: The batch.
+        *batched: The others, nested tensors.
+        randomness: Whether tasks share random draws.
+        chunk_size: Tasks at a time, None for all.
+    """
     # vmap refuses None, so that tasks without a mask are passed without that entry.
     extra = {} if tasks.mask is None else {"mask": tasks.mask}
 
     def of_task(data: dict[str, Tensor], extra: dict[str, Tensor], *rest: Any) -> Any:
         return function(TaskData(data, extra.get("mask")), *rest)
 
-    return vmap(of_task, randomness=randomness)(tasks.data, extra, *batched)
+    return vmap(of_task, randomness=randomness, chunk_size=chunk_size)(tasks.data, extra, *batched)
 
 
 def check_inference(inference: Inference, density: Density, prior: Tensors, task: TaskData) -> None:

@@ -171,11 +171,10 @@ class FullPosterior:
     def _log_scale(self, site: str, like: Tensor) -> Tensor:
         """Log of the factor by which standardisation raised each density of (C, S, T, ...)."""
         key, scaling = self.density.observed.get(site), self.tasks.scaling
-        if scaling is None or key is None or key not in scaling.scale:
+        if scaling is None or key is None:
             return like.new_zeros(())
         given = {**self.tasks.data, **self.tasks.constants}[key]
-        every = scaling.scale[key].to(like).log().expand(given.shape[1:])
-        return every.reshape(*like.shape[3:], -1).sum(-1)
+        return scaling.log_factor(key, given.shape[1:], like, like.shape[3:])
 
 
 class _Layout:

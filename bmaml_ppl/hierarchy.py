@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.func import grad, jacrev, vmap
 
-from bmaml_ppl.adaptation import TaskData, one_task, seeded
+from bmaml_ppl.adaptation import TaskData, one_task, over_tasks, seeded
 from bmaml_ppl.bijections import bijection
 from bmaml_ppl.bounded import log_prob_at
 from bmaml_ppl.density import Density
 from bmaml_ppl.types import Tensors
 
-__all__ = ["Hierarchy", "draw_starts", "make_hierarchy", "over_draws", "over_tasks"]
+__all__ = ["Hierarchy", "draw_starts", "make_hierarchy", "over_draws"]
 
 _CHUNK = 256
 _DENSE_LIMIT = 64
@@ -145,14 +145,6 @@ def make_hierarchy(
 
 def _floating(tasks: TaskData) -> Tensor:
     return next((value for value in tasks.data.values() if value.is_floating_point()), torch.zeros(()))
-
-
-def over_tasks(function: Any, tasks: TaskData, *batched: Tensor) -> Any:
-    """Maps a function of one task over a batch, with other arguments that have a leading task dimension."""
-    extra = {} if tasks.mask is None else {"mask": tasks.mask}
-    return vmap(lambda data, extra, *rest: function(TaskData(data, extra.get("mask")), *rest))(
-        tasks.data, extra, *batched
-    )
 
 
 def over_draws(function: Any, draws: Tensor) -> Any:

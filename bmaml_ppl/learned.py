@@ -189,13 +189,9 @@ class LearnedPrior:
             RepairedCurvature: If the curvature of some tasks was not positive definite (`laplace`).
             NotConverged: If the optimiser of some tasks stopped short (implicit gradients).
         """
-        given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self.like)
-        if given.mask is not None:
-            self.density.refuse_unmaskable(given.data)
+        given, batch, single = self.prepare_tasks(tasks, data)
         adapter = self.bind(inference)
         seed = self.seed if seed is None else seed
-        batch = as_task_data(replace(given, scaling=self.scaling))
-        check_observations(self.density, self.params, batch.data, batch.mask, given.names)
         if inference is not None:
             check_inference(adapter.inference, self.density, self.params, one_task(batch))
         steps = _num_steps(adapter.inference, num_steps)
@@ -281,6 +277,20 @@ class LearnedPrior:
         from bmaml_ppl.storage import save_prior
 
         save_prior(self, path)
+
+    def prepare_tasks(self, tasks: Tasks | None, data: dict[str, Any]) -> tuple[Tasks, TaskData, bool]:
+        """Tasks to adapt to, checked: in the user's units, as the model sees them, and whether they are a single task.
+
+        Raises:
+            TypeError: If something else than Tasks or numbers is given.
+            ValueError: If data is missing, unknown, of the wrong shape or outside a support, or cannot be masked.
+        """
+        given, single = self.template.to_tasks(tasks, data, need_outputs=True, like=self.like)
+        if given.mask is not None:
+            self.density.refuse_unmaskable(given.data)
+        batch = as_task_data(replace(given, scaling=self.scaling))
+        check_observations(self.density, self.params, batch.data, batch.mask, given.names)
+        return given, batch, single
 
     @property
     def like(self) -> Tensor:

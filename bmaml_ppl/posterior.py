@@ -166,9 +166,9 @@ class Posterior:
             approximate posterior where it has one (`laplace`): their difference is a log importance weight; of Markov
             chains `acceptance_rate`, `diverging`, `energy` and `step_size`, see `ChainState`.
         """
-        z, batch = self._task_first(self.draws(num_samples)), self._as_task_data(self.tasks)
+        z, batch = self.task_first(self.draws(num_samples)), self.as_task_data(self.tasks)
         with torch.no_grad():
-            found = {"lp": self._adapter.log_joint(z, self.params, batch)}
+            found = {"lp": self.adapter.log_joint(z, self.params, batch)}
             if self.inference.log_prob is not None:
                 found["log_q"] = self._log_q(z)
         for name in ("acceptance_rate", "diverging", "energy", "step_size") if self.inference.num_draws else ():
@@ -177,7 +177,8 @@ class Posterior:
         return {name: self._draw_first(value) for name, value in found.items()}
 
     @property
-    def _adapter(self) -> Adapter:
+    def adapter(self) -> Adapter:
+        """The inference bound to the density."""
         return Adapter(self.density, self.inference, self.prior.start)
 
     def _log_q(self, z: Tensor) -> Tensor:
@@ -192,8 +193,8 @@ class Posterior:
 
         Latents are in the model's units: standardised ones where the tasks were standardised.
         """
-        z = self._task_first(self.draws(num_samples))
-        task_data = self._as_task_data(self.tasks)
+        z = self.task_first(self.draws(num_samples))
+        task_data = self.as_task_data(self.tasks)
 
         def constrain(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
             return vmap(lambda particle: self.density.constrain(particle, self.params, task))(z)
@@ -219,8 +220,8 @@ class Posterior:
             (S, T, N, ...), as `pyro.infer.Predictive` gives them. Padded rows of observed sites are NaN.
         """
         check_count("num_samples", num_samples, least=1)
-        new = self._as_task_data(self.read_tasks(tasks, data, need_outputs=False))
-        z = self._task_first(self.draws(num_samples))
+        new = self.as_task_data(self.read_tasks(tasks, data, need_outputs=False))
+        z = self.task_first(self.draws(num_samples))
         if linearized:
             modes = self._mode()
             draws = simulate_linearized(self.density, self.params, modes, z, new, self.scaling, self.seed)
@@ -249,12 +250,12 @@ class Posterior:
             Observed site -> (M, N) or (M, T, N), S in place of M for draws; NaN at padded rows. A site that
             observes all rows at once has (M,) or (M, T).
         """
-        new = self._as_task_data(self.read_tasks(tasks, data, need_outputs=True))
+        new = self.as_task_data(self.read_tasks(tasks, data, need_outputs=True))
 
         def of_task(z: Tensor, task: dict[str, Tensor]) -> dict[str, Tensor]:
             return vmap(lambda particle: self.density.log_likelihood(particle, self.params, task))(z)
 
-        z = self._task_first(self.draws(num_samples))
+        z = self.task_first(self.draws(num_samples))
         if linearized:
             values = linearized_log_likelihood(self.density, self.params, self._mode(), z, new)
         else:
@@ -312,7 +313,7 @@ class Posterior:
                 f"a guide is for one task, this posterior holds {len(self)}; write "
                 f"posterior[{self.names[0]!r}].as_guide()"
             )
-        data, state = one_task(self._as_task_data(self.tasks)).data, tree_map(lambda value: value[0], self.state)
+        data, state = one_task(self.as_task_data(self.tasks)).data, tree_map(lambda value: value[0], self.state)
         if hasattr(state, "precision"):
             return posterior_guide(self.density, self.params, gaussian_mixture(state), data)
         particles = chains.sample(state, _GUIDE_DRAWS, None) if self.inference.num_draws else state.particles
@@ -335,19 +336,20 @@ class Posterior:
         like = self.state.particles
         return self.template.to_tasks(tasks, data, need_outputs=need_outputs, like=like, adapted=self.tasks)[0]
 
-    def _as_task_data(self, tasks: Tasks) -> TaskData:
+    def as_task_data(self, tasks: Tasks) -> TaskData:
+        """Tasks in the user's units as the model sees them."""
         return as_task_data(replace(tasks, scaling=self.scaling))
 
     def _log_scale(self, site: str, like: Tensor, data: Mapping[str, Tensor]) -> Tensor:
         """Log of the factor by which standardisation raised each density of (T, M, ...)."""
         key = self.density.observed[site]
-        if self.scaling is None or key is None or key not in self.scaling.scale:
+        if self.scaling is None or key is None:
             return like.new_zeros(())
-        every = self.scaling.scale[key].to(like).log().expand(data[key].shape[1:])
-        return every.reshape(*like.shape[2:], -1).sum(-1)
+        return self.scaling.log_factor(key, data[key].shape[1:], like, like.shape[2:])
 
     def _draw_first(self, value: Tensor) -> Tensor:
         return value[0] if self.single else value.transpose(0, 1)
 
-    def _task_first(self, value: Tensor) -> Tensor:
+    def task_first(self, value: Tensor) -> Tensor:
+        """(S, ...) of a single task and (S, T, ...) of a batch alike as (T, S, ...)."""
         return value.unsqueeze(0) if self.single else value.transpose(0, 1)

@@ -74,6 +74,23 @@ class Scaling:
         loc, scale = self._fit_to(name, tensor)
         return tensor * scale + loc
 
+    def log_factor(self, name: str, shape: torch.Size, like: Tensor, batch_shape: torch.Size) -> Tensor:
+        """Log of the factor by which standardisation raised the densities of a column's values; 0 for unknown names.
+
+        Args:
+            name: Of the column.
+            shape: Of the column's values in one task.
+            like: A tensor of the wanted dtype and device.
+            batch_shape: Of the densities in one task: each belongs to as many values as make up the rest of `shape`.
+
+        Returns:
+            Of shape `batch_shape`, or a scalar.
+        """
+        if name not in self.scale:
+            return like.new_zeros(())
+        every = self.scale[name].to(like).log().expand(shape)
+        return every.reshape(*batch_shape, -1).sum(-1)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Scaling":
         """Returns a copy on another device and / or in another floating dtype."""
         return Scaling(

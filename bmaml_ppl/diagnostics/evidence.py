@@ -1,13 +1,13 @@
 """What the questions of `check` are asked of, and the form of an answer."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data
+from bmaml_ppl.adaptation import TaskData
 
 if TYPE_CHECKING:
     from bmaml_ppl.posterior import Posterior
@@ -58,31 +58,22 @@ class Evidence:
     @cached_property
     def draws(self) -> Tensor:
         """Unconstrained draws, (T, S, D)."""
-        return self._task_first(self.posterior.draws(self.num_samples))
+        return self.posterior.task_first(self.posterior.draws(self.num_samples))
 
     @cached_property
     def stats(self) -> dict[str, Tensor]:
         """`Posterior.sample_stats`, (T, S) each."""
-        return {k: self._task_first(v) for k, v in self.posterior.sample_stats(self.num_samples).items()}
+        return {k: self.posterior.task_first(v) for k, v in self.posterior.sample_stats(self.num_samples).items()}
 
     @cached_property
     def batch(self) -> TaskData:
         """What was adapted to, as the model sees it."""
-        return as_task_data(replace(self.posterior.tasks, scaling=self.posterior.scaling))
-
-    @property
-    def adapter(self) -> Adapter:
-        """The inference bound to the density."""
-        posterior = self.posterior
-        return Adapter(posterior.density, posterior.inference, posterior.prior.start)
+        return self.posterior.as_task_data(self.posterior.tasks)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the tasks."""
         return self.posterior.names
-
-    def _task_first(self, value: Tensor) -> Tensor:
-        return value.unsqueeze(0) if self.posterior.single else value.transpose(0, 1)
 
     def worst(self, values: Tensor, beyond: Tensor) -> tuple[str, ...]:
         """Names of the tasks beyond a limit, in falling order of values, (T,) each."""

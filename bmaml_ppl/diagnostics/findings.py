@@ -4,9 +4,8 @@ from math import log
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from bmaml_ppl.adaptation import TaskData, one_task, seeded
+from bmaml_ppl.adaptation import TaskData, one_task, over_tasks, seeded
 from bmaml_ppl.diagnostics.collapse import Collapse, describe_particles, same_starts
 from bmaml_ppl.diagnostics.curvature import describe_curvature
 from bmaml_ppl.diagnostics.evidence import Evidence, Finding
@@ -121,16 +120,15 @@ def _judge_moments(evidence: Evidence, spread: Tensor, shift: Tensor, least: tup
 
 def _describe(evidence: Evidence, cloud: Tensor) -> Collapse:
     """`describe_particles` of every task, (T, M, D), some at a time."""
-    posterior, batch = evidence.posterior, evidence.batch
-    mask = {} if batch.mask is None else {"mask": batch.mask}
+    posterior = evidence.posterior
 
-    def of_task(z: Tensor, data: dict[str, Tensor], mask: dict[str, Tensor]) -> Collapse:
-        density = TaskDensity(posterior.density, posterior.params, data, mask.get("mask"))
+    def of_task(task: TaskData, z: Tensor) -> Collapse:
+        density = TaskDensity(posterior.density, posterior.params, task.data, task.mask)
         return describe_particles(density, z, posterior.density.sites)
 
     size = max(1, _CHUNK_FLOATS // (cloud.shape[1] * cloud.shape[2] ** 2))
     with torch.no_grad():
-        found: Collapse = vmap(of_task, chunk_size=size)(cloud, batch.data, mask)
+        found: Collapse = over_tasks(of_task, evidence.batch, cloud, chunk_size=size)
     return found
 
 
@@ -279,5 +277,5 @@ def _begin_alike(evidence: Evidence) -> bool:
     for restart in range(len(evidence.posterior.states)):
         seed = evidence.posterior.seed + restart * RESTART_STREAM
         with torch.no_grad(), seeded(seed, evidence.draws.device):
-            starts.append(evidence.adapter.begin(evidence.posterior.params, task).particles[0])
+            starts.append(evidence.posterior.adapter.begin(evidence.posterior.params, task).particles[0])
     return bool(same_starts(starts))

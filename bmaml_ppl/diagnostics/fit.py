@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from bmaml_ppl.adaptation import TaskData, seeded
+from bmaml_ppl.adaptation import TaskData, over_tasks, seeded
 from bmaml_ppl.diagnostics.evidence import Evidence, Finding, Level
 from bmaml_ppl.types import Tensors
 
@@ -113,7 +113,7 @@ def find_conflict(evidence: Evidence) -> Finding:
     posterior = evidence.posterior
     try:
         with torch.no_grad(), seeded(posterior.seed + _CHECK_STREAM, evidence.draws.device):
-            before = evidence.adapter.draw_prior(posterior.params, evidence.batch, evidence.num_samples)
+            before = posterior.adapter.draw_prior(posterior.params, evidence.batch, evidence.num_samples)
     except (NotImplementedError, RuntimeError, ValueError):
         return Finding(name, "unknown", None, limit, "the model's prior cannot be drawn from")
     apart = before.var(1) - evidence.draws.var(1)
@@ -179,11 +179,10 @@ def _compare_likelihoods(evidence: Evidence, batch: TaskData) -> tuple[Tensor, T
         given, made = (density.log_likelihood(z, params, data, task.mask) for data in (task.data, shown))
         return _total(given), _total(made)
 
-    def of_task(z: Tensor, data: dict[str, Tensor], mask: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return vmap(lambda one: of_draw(one, TaskData(data, mask.get("mask"))), randomness="different")(z)
+    def of_task(task: TaskData, z: Tensor) -> tuple[Tensor, Tensor]:
+        return vmap(lambda one: of_draw(one, task), randomness="different")(z)
 
-    mask = {} if batch.mask is None else {"mask": batch.mask}
-    found: tuple[Tensor, Tensor] = vmap(of_task, randomness="different")(evidence.draws, batch.data, mask)
+    found: tuple[Tensor, Tensor] = over_tasks(of_task, batch, evidence.draws, randomness="different")
     return found
 
 

@@ -176,7 +176,7 @@ def _find_plates(learned_prior: "LearnedPrior", tasks: "Tasks") -> dict[str, lis
     """Of each site, the plate that each dimension of its value in one task runs over."""
     density, params = learned_prior.density, learned_prior.params
     task = one_task(as_task_data(replace(tasks, scaling=learned_prior.scaling))).data
-    z = next(iter(params.values())).new_zeros(density.dim)
+    z = learned_prior.like.new_zeros(density.dim)
     with torch.no_grad():
         records = density.observe(z, params, density.without_outputs(task))
     found: dict[str, list[str | None]] = {}
@@ -319,13 +319,13 @@ class _Layout:
 def _score_prior(posterior: "Posterior", num_samples: int) -> dict[str, "Tensor"]:
     """Log densities of the latents under the prior, (S, ...), or (S, T, ...)."""
     z, density, params = posterior.draws(num_samples), posterior.density, posterior.params
-    data = as_task_data(replace(posterior.tasks, scaling=posterior.scaling)).data
+    data = posterior.as_task_data(posterior.tasks).data
 
     def of_task(z: "Tensor", task: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
         return vmap(lambda one: density.log_priors(one, params, task))(z)
 
     with torch.no_grad():
-        found = vmap(of_task)(z.unsqueeze(0) if posterior.single else z.transpose(0, 1), data)
+        found = vmap(of_task)(posterior.task_first(z), data)
     return {name: value[0] if posterior.single else value.transpose(0, 1) for name, value in found.items()}
 
 

@@ -1,16 +1,14 @@
 """How particles move through adaptation, step by step."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, seeded
+from bmaml_ppl.adaptation import TaskData, seeded
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.learned import LearnedPrior
-from bmaml_ppl.observations import check_observations
 from bmaml_ppl.tasks import Tasks
 
 __all__ = ["trace_adaptation"]
@@ -45,12 +43,9 @@ def trace_adaptation(
         TypeError: If something else than Tasks or numbers is given, or num_steps is not an integer.
         ValueError: If data is missing, unknown or of the wrong shape, or num_steps negative.
     """
-    like = next(iter(prior.params.values()))
-    given, single = prior.template.to_tasks(tasks, data, need_outputs=True, like=like)
+    _, batch, single = prior.prepare_tasks(tasks, data)
     steps = prior.inference.num_steps if num_steps is None else num_steps
     check_count("num_steps", steps, least=0)
-    batch = as_task_data(replace(given, scaling=prior.scaling))
-    check_observations(prior.density, prior.params, batch.data, batch.mask, given.names)
     path = _run(prior, batch, steps, prior.seed if seed is None else seed)
     sites = _constrain(prior, path, batch)
     return {name: value[:, 0] if single else value for name, value in sites.items()}
@@ -58,7 +53,7 @@ def trace_adaptation(
 
 def _run(prior: LearnedPrior, batch: TaskData, num_steps: int, seed: int) -> Tensor:
     """Particles after every step, (n + 1, T, M, D)."""
-    adapter = Adapter(prior.density, prior.inference, prior.start)
+    adapter = prior.bind()
     with torch.no_grad(), seeded(seed, prior.device):
         state = adapter.begin(prior.params, batch)
         path = [state.particles]

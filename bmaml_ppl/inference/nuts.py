@@ -14,13 +14,12 @@ from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, seeded
+from bmaml_ppl.adaptation import TaskData, one_task, seeded
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Recorded
 from bmaml_ppl.handlers import isolated_store
 from bmaml_ppl.inference import chains
 from bmaml_ppl.inference.chains import ChainState
-from bmaml_ppl.observations import check_observations
 from bmaml_ppl.posterior import Posterior
 from bmaml_ppl.task_density import TaskDensity
 from bmaml_ppl.types import Inference, LogDensity
@@ -80,14 +79,9 @@ def nuts(
     counts = {"num_warmup": num_warmup, "num_draws": num_draws, "num_chains": num_chains}
     settings: dict[str, Any] = {**counts, "target_accept": target_accept, "max_tree_depth": max_tree_depth}
     check_sampler(**settings)
-    like = next(iter(prior.params.values()))
-    given, single = prior.template.to_tasks(tasks, data, need_outputs=True, like=like)
+    given, batch, single = prior.prepare_tasks(tasks, data)
     if len(given) != 1:
         raise ValueError(f"got {len(given)} tasks, but nuts serves one; write tasks[{given.names[0]!r}], or use hmc")
-    if given.mask is not None:
-        prior.density.refuse_unmaskable(given.data)
-    batch = as_task_data(replace(given, scaling=prior.scaling))
-    check_observations(prior.density, prior.params, batch.data, batch.mask, given.names)
     seed = prior.seed if seed is None else seed
     task = one_task(batch)
     log_density = TaskDensity(prior.density, prior.params, task.data, task.mask)
@@ -237,7 +231,7 @@ def _choose_starts(
     learned = {name: prior.params[name] for name in prior.density.prior}
     with torch.no_grad(), seeded(seed, prior.device):
         candidates = replace(prior.density, prior=learned).initial_particles(_CANDIDATES * num_chains, task.data)
-    candidates = candidates.to(next(iter(prior.params.values())))
+    candidates = candidates.to(prior.like)
     return keep_finite(candidates, log_density, num_chains)
 
 

@@ -110,8 +110,7 @@ def _describe_latents(run: Run) -> Html:
 
 def _draw_latents(run: Run) -> dict[str, Tensor]:
     prior = run.prior
-    like = next(iter(prior.params.values()))
-    example = prior.template.example(2, like)
+    example = prior.template.example(2, prior.like)
     inputs = {key: value for key, value in example.items() if key not in prior.template.outputs}
     return {name: value.cpu() for name, value in prior.sites(**inputs, num_samples=1000).items()}
 

@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 JOBS ?= 2
+PEERS := .venv/.peers
+TIMED ?= meta_gradient maml adapt memory scaling gpu laplace
 
-.PHONY: setup demo test browser lint types bench notebooks dist clean
+.PHONY: setup demo test browser lint types bench bench-accuracy notebooks dist clean
 
 setup: $(STAMP)
 
@@ -34,8 +36,18 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-bench: setup
-	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
+# Everything beside peers, about 20 minutes on two cores; leave the machine alone meanwhile.
+bench: $(PEERS)
+	set -e; for job in $(TIMED); do echo "== $$job"; $(BIN)/python -m benchmarks.bench_$$job; done
+	$(BIN)/python -m benchmarks.table
+
+# How right the posteriors are; slower, since Pyro's NUTS is timed on 20 tasks.
+bench-accuracy: setup
+	set -e; for job in sbc spread; do echo "== $$job"; $(BIN)/python -m benchmarks.bench_$$job; done
+
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	touch $(PEERS)
 
 notebooks: setup
 	$(BIN)/python -m pytest tests/test_notebooks.py

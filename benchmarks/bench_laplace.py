@@ -66,7 +66,7 @@ class Ours:
         self.tasks = TaskData(data, None)
         density = from_model(classify, {key: value[0] for key, value in data.items()})
         inference = laplace(curvature="exact", num_steps=NEWTON_STEPS, sites=density.sites)
-        self.adapter = Adapter(density, inference, "free", recorded=recorded)
+        self.adapter = Adapter(density, inference, "free", mode="recorded" if recorded else "eager")
         self.prior = {"particles": torch.zeros(1, NUM_LATENTS)}
         self.state = self.adapt()
         self.measure()

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.utils._pytree import tree_map
 
-from bmaml_ppl.compile import Recorded
+from bmaml_ppl.compile import Mode, Recorded
 from bmaml_ppl.density import Density
 from bmaml_ppl.implicit import conjugate_gradients, implicit_optimum
 from bmaml_ppl.inference.curvature import exact_hessian
 from bmaml_ppl.inference.derivatives import FirstOrder
+from bmaml_ppl.memory import Memory
 from bmaml_ppl.task_density import TaskDensity
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference, LogDensity, Start, Tensors
@@ -24,10 +25,12 @@ __all__ = [
     "TaskData",
     "as_task_data",
     "check_inference",
+    "even_parts",
     "one_task",
     "over_tasks",
     "resolve_start",
     "seeded",
+    "take_tasks",
 ]
 
 
@@ -35,6 +38,7 @@ _DENSE_LIMIT = 128
 _RECORDED = (
     "_begin",
     "_prepare",
+    "_first",
     "_update",
     "_measure",
     "_score",
@@ -69,6 +73,22 @@ def one_task(batch: TaskData, index: int = 0) -> TaskData:
     return TaskData({k: v[index] for k, v in batch.data.items()}, mask)
 
 
+def take_tasks(batch: TaskData, rows: Tensor | slice) -> TaskData:
+    """Some tasks of a batch."""
+    mask = None if batch.mask is None else batch.mask[rows]
+    return TaskData({name: value[rows] for name, value in batch.data.items()}, mask)
+
+
+def even_parts(num_tasks: int, chunk_size: int) -> list[Tensor]:
+    """Positions of at most so many tasks at a time, in parts of one size, so that one recording serves all.
+
+    The last part is filled up with the first tasks again: what comes after `num_tasks` is to be dropped.
+    """
+    count = -(-num_tasks // chunk_size)
+    size = -(-num_tasks // max(count, 1))
+    return [torch.arange(part * size, (part + 1) * size) % num_tasks for part in range(count)]
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's generators for the block and puts their states back afterwards."""
@@ -92,21 +112,27 @@ class Adapter:
         first_order: Whether outer gradients stop at the scores.
         randomness: Whether tasks share the draws that adaptation makes ("same": a task's result does not depend on the
             others), or have their own ("different": results of tasks are independent).
-        recorded: Whether one step, and each density, is recorded as a graph of tensor operations when it is
-            first called with a layout of arguments; see `bmaml_ppl.compile`.
+        mode: How a step, and each density, runs: "eager", "recorded" as a graph of tensor operations when it is
+            first called with a layout of arguments, or "compiled" from that; see `bmaml_ppl.compile`.
+        memory: What the unrolled loop keeps for the outer gradient.
     """
 
     density: Density
     inference: Inference
     start: Start
     first_order: bool = False
-    recorded: bool = False
+    mode: Mode = "eager"
+    memory: Memory = Memory()
     randomness: Literal["same", "different"] = "same"
 
     def __post_init__(self) -> None:
         for name in _RECORDED:
             function = getattr(self, name)
-            object.__setattr__(self, name, Recorded(function) if self.recorded else function)
+            object.__setattr__(self, name, function if self.mode == "eager" else Recorded(function, self.mode))
+
+    def steps(self) -> dict[str, Recorded]:
+        """What is recorded, by the name of the function; empty where all is eager."""
+        return {name: step for name in _RECORDED if isinstance(step := getattr(self, name), Recorded)}
 
     def begin(self, prior: Tensors, tasks: TaskData) -> Any:
         """Each task's state before the first step; draws come from torch's generator, see `randomness`."""
@@ -117,19 +143,28 @@ class Adapter:
 
     def run(self, state: Any, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
         """Each task's state after so many steps more."""
-        for _ in range(num_steps):
-            state = self._update(state, dict(prior), tasks)
-        return state
+
+        def step(state: Any, prior: Tensors) -> Any:
+            return self._update(state, dict(prior), tasks)
+
+        return self.memory.run(step, state, prior, num_steps)
 
     def adapt(self, prior: Tensors, tasks: TaskData, num_steps: int | None = None) -> Any:
         """Each task's state after adaptation, measured."""
         steps = self.inference.num_steps if num_steps is None else num_steps
         if not self.inference.implicit:
-            state = self.run(self.begin(prior, tasks), prior, tasks, max(steps - self.inference.num_draws, 0))
+            state = self._run_from_start(prior, tasks, max(steps - self.inference.num_draws, 0))
             return self.measure(self._collect(state, prior, tasks, min(steps, self.inference.num_draws)), prior, tasks)
         with torch.no_grad():
             state = self._run_to_optimum(self.begin(prior, tasks), prior, tasks, steps)
         return self.measure(self._differentiate(state, prior, tasks), prior, tasks)
+
+    def _run_from_start(self, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
+        """Each task's state after its first steps. A start that tasks share is not copied: what the first step computes
+        of it alone is computed once."""
+        if self.start == "prior" or num_steps == 0 or self.memory != Memory():
+            return self.run(self.begin(prior, tasks), prior, tasks, num_steps)
+        return self.run(self._first(dict(prior), tasks), prior, tasks, num_steps - 1)
 
     def _collect(self, state: Any, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
         """Each task's state after so many steps more, all of them kept."""
@@ -256,6 +291,14 @@ class Adapter:
             return self.inference.update(state, self.log_density(prior, task))
 
         return over_tasks(of_task, tasks, state, randomness=self.randomness)
+
+    def _first(self, prior: dict[str, Tensor], tasks: TaskData) -> Any:
+        """The first step from a free start."""
+
+        def of_task(task: TaskData) -> Any:
+            return self.inference.update(self.inference.init(prior), self.log_density(prior, task))
+
+        return over_tasks(of_task, tasks, randomness=self.randomness)
 
     def _log_joint(self, particles: Tensor, prior: dict[str, Tensor], tasks: TaskData) -> Tensor:
         def of_task(task: TaskData, z: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from bmaml_ppl import __version__, runs
+from bmaml_ppl.distributed import ElsewhereError, join_world
 from bmaml_ppl.inference import ALGORITHMS
+from bmaml_ppl.numerics import Precision
 from bmaml_ppl.settings import Settings, parse_pairs, resolve
 
 __all__ = ["app", "main"]
@@ -20,8 +22,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 experiments = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Repeat a study on real or published data.")
 app.add_typer(experiments, name="experiment")
 
-_MISTAKES = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError)
+_MISTAKES = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, ElsewhereError)
 """What the library raises for a mistake of its user; anything else is a bug, unless it comes from the model."""
+
+_ENDS: dict[runs.End, str] = {
+    "finished": "Written to",
+    "stopped": "Stopped early, the same command goes on from the last checkpoint. Written to",
+    "kept": "Learned before by the same settings, which --overwrite repeats. It is in",
+}
 
 _PAIR = "KEYWORD=COLUMN"
 Inputs = Annotated[list[str] | None, typer.Option(metavar=_PAIR, help="The model's keyword and its column, or A,B.")]
@@ -93,15 +101,27 @@ def fit(
     num_steps: Annotated[int | None, typer.Option(help=f"Meta-steps [{Settings.num_steps}].")] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Tasks a meta-step [{Settings.batch_size}].")] = None,
     first_order: Annotated[bool | None, typer.Option(help="Stop outer gradients at the scores.")] = None,
+    compile: Annotated[str | None, typer.Option(help=f"auto, true or false [{Settings.compile}].")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help=f"full, 'checkpointed(5)' or 'truncated(10)' [{Settings.memory}].")
+    ] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Tasks differentiated together [all].")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"{', '.join(get_args(Precision))} [{Settings.precision}].")
+    ] = None,
     device: Annotated[str | None, typer.Option(help=f"auto, cpu or cuda [{Settings.device}].")] = None,
     seed: Annotated[int | None, typer.Option(help=f"Of everything random [{Settings.seed}].")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help=f"Meta-steps between checkpoints [{Settings.checkpoint_every}].")
+    ] = None,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help=f"Where the results go [{Settings.out}].")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")] = False,
 ) -> None:
     """Learn the prior that many tasks share.
 
     MODEL.py:NAME is a function on keyword tensors: `pyro.param` is learned from all tasks, `pyro.sample` is each
     task's own. Columns are standardised for the model unless you say --no-standardize; predictions come back in
-    your units.
+    your units. A run that was stopped goes on when the same command is given again.
 
     \b
     Examples:
@@ -109,6 +129,7 @@ def fit(
           --input time=Time --output weight=Weight --out runs/pigs
       bmaml-ppl fit growth.py:growth --config pigs.yaml --num-steps 300 \\
           --inference svgd --set num_particles=10 --set num_steps=20
+      torchrun --nproc-per-node 4 --max-restarts 3 -m bmaml_ppl fit ...
 
     \b
     A settings file holds the same names as the options:
@@ -127,9 +148,10 @@ def fit(
     """  # noqa: D301
     with _explain_mistakes(context):
         settings = resolve(_gather(context), config)
-        learned = runs.fit_prior(settings)
-        typer.echo(runs.describe_prior(learned))
-        typer.echo(f"\nWritten to {learned.parent}: {_list_files(learned.parent)}")
+        learned, end = runs.fit_prior(settings, overwrite=overwrite)
+        if join_world()[0].writes:
+            typer.echo(runs.describe_prior(learned))
+            typer.echo(f"\n{_ENDS[end]} {learned.parent}: {_list_files(learned.parent)}")
 
 
 @app.command()

@@ -1,7 +1,10 @@
-"""Recording of a step: Pyro's handlers and `torch.func`'s interpreters run once, plain tensor code after."""
+"""Recording and compilation of a step: Pyro's handlers and `torch.func`'s interpreters run once, plain tensor code
+after, or machine code made from it."""
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -10,44 +13,66 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Compile", "Recorded", "should_record"]
+from bmaml_ppl.graph_passes import share_gram_gradients
+
+__all__ = ["Compile", "CompileFailed", "Mode", "Recorded", "choose_mode", "lower", "record_graph"]
 
 Compile = Literal["auto"] | bool
+Mode = Literal["eager", "recorded", "compiled"]
 
 _WORTH_RECORDING = 20
 """Meta-steps from which recording (about as long as ten eager ones) earns its time back."""
 
+_WORTH_COMPILING = 10_000
+"""Adaptation steps of a batch from which compilation earns its time back: it takes as long as some thousand recorded
+steps the first time, and a tenth of that once the machine has compiled the same before."""
 
-def should_record(compile: Compile, num_steps: int) -> bool:
-    """Whether a run of so many meta-steps is recorded."""
+
+class CompileFailed(UserWarning):
+    """A recorded step could not be compiled, or computed something else when it was, and runs as it was recorded."""
+
+
+def choose_mode(compile: Compile, num_steps: int, num_inner_steps: int) -> Mode:
+    """How a run of so many meta-steps, of so many adaptation steps each, computes."""
     if compile not in ("auto", True, False):
         raise ValueError(f'compile={compile!r} is not known; choose "auto", True or False')
-    return num_steps >= _WORTH_RECORDING if compile == "auto" else compile
+    if compile != "auto":
+        return "compiled" if compile else "eager"
+    if num_steps < _WORTH_RECORDING:
+        return "eager"
+    return "compiled" if num_steps * max(num_inner_steps, 1) >= _WORTH_COMPILING else "recorded"
 
 
 class Recorded:
     """A pure function of nested tensors that is recorded as a graph on its first call with each layout.
 
-    The graph computes what the function does, operation by operation; random draws are recorded as draws.
-    A function that cannot be recorded runs as it is, after one warning.
+    The graph computes what the function does, operation by operation; random draws are recorded as draws. It can be
+    differentiated once. A function that cannot be recorded runs as it is, after one warning.
 
     Args:
         function: Takes and returns nested containers of tensors.
+        mode: "recorded", or "compiled" to machine code, once for each layout and each choice of the arguments
+            that need gradients. A graph that cannot be compiled runs as it was recorded, after one warning.
 
     Attributes:
-        interpreted: Whether a graph, where no gradient is taken and all is on the CPU, runs in TorchScript's
-            interpreter, which calls small operations about four times as fast as Python does.
+        graphs: Graph and layout of the result by layout of the arguments, None where recording failed.
+        interpreted: Whether a recorded graph, where no gradient is taken and all is on the CPU, runs in
+            TorchScript's interpreter, which calls small operations about four times as fast as Python does.
+        num_nodes: Operations that graphs have run so far; where gradients are taken they count three times.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], mode: Mode = "recorded") -> None:
+        self.function, self.mode = function, mode
         self.graphs: dict[Any, tuple[GraphModule, Any] | None] = {}
-        self.interpreted = False
+        self.interpreted = mode == "recorded"
+        self.num_nodes = 0
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns for these arguments."""
         leaves, layout = tree_flatten(arguments)
+        # A graph holds for the strides it was recorded with.
+        leaves = [None if x is None else x.contiguous() for x in leaves]
         key = (layout, tuple(None if x is None else (x.shape, x.dtype, x.device) for x in leaves))
         if key not in self.graphs:
             self.graphs[key] = self._record(leaves, layout)
@@ -56,11 +81,22 @@ class Recorded:
             return self.function(*arguments)
         graph, result_layout = recorded
         given = [x for x in leaves if x is not None]
-        if self.interpreted and not torch.is_grad_enabled() and all(x.device.type == "cpu" for x in given):
+        program = self._choose_program(key, graph, given)
+        return tree_unflatten(program(*given), result_layout)
+
+    def _choose_program(self, key: Any, graph: GraphModule, given: list[Tensor]) -> Callable[..., Any]:
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        self.num_nodes += len(graph.graph.nodes) * (3 if differentiable else 1)
+        if self.mode == "compiled":
+            key = (key, tuple(x.requires_grad for x in given) if differentiable else ())
+            if key not in self._programs:
+                self._programs[key] = _lower_or_warn(graph, given)
+        elif self.interpreted and not torch.is_grad_enabled() and all(x.device.type == "cpu" for x in given):
             if key not in self._programs:
                 self._programs[key] = _interpret(graph, given)
-            return tree_unflatten(self._programs[key](*given), result_layout)
-        return tree_unflatten(graph(*given), result_layout)
+        else:
+            return graph
+        return self._programs[key]
 
     def _record(self, leaves: list[Tensor | None], layout: Any) -> tuple[GraphModule, Any] | None:
         found: list[Any] = []
@@ -73,11 +109,7 @@ class Recorded:
             return results
 
         try:
-            # The run that is recorded must not use up draws: the graph's first run is to draw what it drew.
-            devices = {x.device for x in leaves if x is not None and x.device.type == "cuda"}
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=list(devices)):
-                warnings.simplefilter("ignore")
-                graph = make_fx(flat)(*_distinct(leaves))
+            return record_graph(flat, _distinct(leaves)), found[0]
         except Exception as error:  # any failure to record must leave the eager result standing
             warnings.warn(
                 f"a step could not be recorded and runs eagerly ({type(error).__name__}: {error}); "
@@ -85,9 +117,69 @@ class Recorded:
                 stacklevel=4,
             )
             return None
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        return graph, found[0]
+
+
+def record_graph(function: Callable[..., Any], given: list[Tensor]) -> GraphModule:
+    """Records a function of tensors, which returns a list of tensors, as a graph of aten operations."""
+    # The run that is recorded must not use up draws: the graph's first run is to draw what it drew.
+    with _quiet(given):
+        graph = make_fx(function)(*given)
+    graph.graph.eliminate_dead_code()
+    share_gram_gradients(graph.graph)
+    graph.recompile()
+    return graph
+
+
+def lower(graph: GraphModule, given: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """Compiles a graph by torch's inductor, with its gradient where some arguments need one.
+
+    Draws come from torch's generators in the same order as in the graph itself. What was compiled before, in
+    this process or another, is found in inductor's cache.
+
+    Raises:
+        Exception: Whatever the compiler raises; a missing C++ compiler is the usual one.
+    """
+    from torch._inductor import compile as compile_graph
+    from torch._inductor import config
+
+    # The compiler rewrites its argument.
+    with _quiet(given), config.patch(fallback_random=True):
+        program = compile_graph(copy.deepcopy(graph), [*given])
+
+    def run(*values: Tensor) -> list[Tensor]:
+        return list(program(*values))
+
+    return run
+
+
+def _lower_or_warn(graph: GraphModule, given: list[Tensor]) -> Callable[..., Any]:
+    try:
+        return lower(graph, given)
+    except Exception as error:  # any failure to compile must leave the recorded result standing
+        warn_of_failure(error)
+        return graph
+
+
+def warn_of_failure(error: Exception | str) -> None:
+    """Says once that what was to be compiled runs as it was recorded."""
+    lines = str(error).strip().splitlines() or [""]
+    why = lines[0] if isinstance(error, str) else f"{type(error).__name__}: {lines[0]}"
+    warnings.warn(
+        f"what was to be compiled runs slower, as it was recorded: {why}. Compilation needs a C++ compiler (g++ or "
+        "clang), and Triton on a GPU; write compile=False to silence this",
+        CompileFailed,
+        stacklevel=2,
+    )
+
+
+@contextmanager
+def _quiet(given: list[Tensor]) -> Iterator[None]:
+    """Leaves generators as they were, and keeps torch's own warnings back."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.random.fork_rng(devices=list({x.device for x in given if x.device.type == "cuda"})))
+        yield
 
 
 def _distinct(leaves: list[Tensor | None]) -> list[Tensor]:

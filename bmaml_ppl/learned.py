@@ -12,9 +12,17 @@ from torch.distributions.constraints import Constraint, positive
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inference, one_task, seeded
+from bmaml_ppl.adaptation import (
+    Adapter,
+    TaskData,
+    as_task_data,
+    check_inference,
+    even_parts,
+    one_task,
+    seeded,
+    take_tasks,
+)
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.compile import Recorded
 from bmaml_ppl.density import Density
 from bmaml_ppl.diagnostics.curvature import check_measured
 from bmaml_ppl.inference import ALGORITHMS
@@ -27,9 +35,10 @@ from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
 from bmaml_ppl.types import Inference, Model, Start
 
-__all__ = ["History", "LearnedPrior", "choose_chunk_size", "record"]
+__all__ = ["History", "LearnedPrior", "choose_chunk_size"]
 
 _CHUNK_BYTES = 2**28
+_MANY_PARTS = 4
 _MOST_RECORDED = 8
 _MOST_SEEN = 1000
 
@@ -69,11 +78,11 @@ class _Adapters:
     def choose(self, adapter: Adapter, parts: list[TaskData]) -> list[Adapter]:
         """The adapter for each part of one call: a recorded one where the part's layout came in a call before."""
         keys = [self._key(adapter, part) for part in parts]
-        if adapter.inference.num_draws:  # thousands of gradients are worth a recording at once
+        if adapter.inference.num_draws or len(keys) >= _MANY_PARTS:  # what runs so often is worth a recording at once
             self.seen.update(keys)
         for key in set(keys) & self.seen - self.recorded.keys():
             if len(self.recorded) < _MOST_RECORDED:
-                self.recorded[key] = record(adapter)
+                self.recorded[key] = replace(adapter, mode="recorded")
         if len(self.recorded) < _MOST_RECORDED and len(self.seen) < _MOST_SEEN:
             self.seen.update(keys)
         return [self.recorded.get(key, adapter) for key in keys]
@@ -82,15 +91,6 @@ class _Adapters:
         tensors = part.data if part.mask is None else {**part.data, "": part.mask}
         layout = tuple(sorted((k, v.shape, str(v.dtype), str(v.device)) for k, v in tensors.items()))
         return adapter.inference.name, repr(sorted(adapter.inference.config.items())), adapter.start, layout
-
-
-def record(adapter: Adapter) -> Adapter:
-    """The same adapter as graphs of tensor operations, run by TorchScript's interpreter where it can."""
-    recorded = replace(adapter, recorded=True)
-    for function in vars(recorded).values():
-        if isinstance(function, Recorded):
-            function.interpreted = True
-    return recorded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -198,13 +198,13 @@ class LearnedPrior:
         chunk = choose_chunk_size(adapter, batch) if chunk_size is None else chunk_size
         check_count("chunk_size", chunk, least=1)
         check_count("num_restarts", num_restarts, least=1)
-        parts = _chunks(batch, len(given), chunk)
+        parts = [take_tasks(batch, rows.to(self.device)) for rows in even_parts(len(given), chunk)]
         adapters = self._adapters.choose(adapter, parts)
         states = []
         for restart in range(num_restarts):
             runs = zip(adapters, parts, strict=True)
             found = [self.run(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs]
-            states.append(tree_map(lambda *parts: torch.cat(parts), *found))
+            states.append(tree_map(lambda *parts: torch.cat(parts)[: len(given)], *found))
             _check_finite(states[-1].particles, given)
             check_measured(states[-1], self.density.sites, given.names, must_converge=adapter.inference.implicit)
         return Posterior(self, adapter.inference, states[0], given, single, seed, tuple(states[1:]))
@@ -360,16 +360,6 @@ def choose_chunk_size(adapter: Adapter, batch: TaskData) -> int:
     measured = 0 if adapter.inference.measure is None else dim * (min(dim, 128) + 8 * rows)
     floats = num * (dim * (min(dim, 32) + num) + 64 * rows * min(dim, 32) + measured)
     return max(1, _CHUNK_BYTES // (8 * floats))
-
-
-def _chunks(batch: TaskData, num_tasks: int, size: int) -> list[TaskData]:
-    return [
-        TaskData(
-            {k: v[i : i + size] for k, v in batch.data.items()},
-            None if batch.mask is None else batch.mask[i : i + size],
-        )
-        for i in range(0, num_tasks, size)
-    ]
 
 
 def _check_finite(particles: Tensor, tasks: Tasks) -> None:

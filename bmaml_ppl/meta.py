@@ -3,60 +3,32 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inference, one_task, resolve_start, seeded
+from bmaml_ppl.checkpoints import Checkpoints
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.compile import Compile, should_record
+from bmaml_ppl.compile import Compile, choose_mode
 from bmaml_ppl.density import Density, from_model
-from bmaml_ppl.diagnostics.curvature import NotConverged
+from bmaml_ppl.distributed import join_world
 from bmaml_ppl.inference import ALGORITHMS, svgd
-from bmaml_ppl.learned import History, LearnedPrior
+from bmaml_ppl.learned import LearnedPrior
+from bmaml_ppl.loop import Loop, MetaStep, Optimizer, Schedule, needs_masks
+from bmaml_ppl.memory import Memory, full
+from bmaml_ppl.memory_estimate import MemoryEstimate, MemoryProbe
+from bmaml_ppl.numerics import Precision, check_precision, dtype_of, reduce_matmuls, tensor_cores
 from bmaml_ppl.objectives import Objective, chaser, evidence, marginal_nll, query_nll
 from bmaml_ppl.observations import check_observations
-from bmaml_ppl.outer import clip, constrain, episode_views, meta_gradient, parameter_groups, unconstrain
+from bmaml_ppl.outer import episode_views, unconstrain
+from bmaml_ppl.run_settings import describe_run
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.template import Template
 from bmaml_ppl.types import Inference, Model, Start
 
-__all__ = ["MetaStep", "StoppedEarly", "meta_learn"]
-
-Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
-
-_CHECKPOINT_EVERY = 100
-_FEWEST_STEPS, _LAST_STEPS = 20, 50
-_MOST_UNCONVERGED = 0.1
-_STOPPED = (
-    "meta-learning stopped: {}; the last prior with a finite loss and gradient is kept. If it diverged, standardise "
-    'the data, or take shorter or adaptive inner steps (preconditioner="adaptive")'
-)
-
-
-class StoppedEarly(UserWarning):
-    """The outer loop met a non-finite loss or gradient and kept the last good prior."""
-
-
-class MetaStep(NamedTuple):
-    """What a callback sees after each meta-step.
-
-    Attributes:
-        step: Its number, from 1.
-        loss: Objective, mean over the batch's tasks.
-        grad_norm: Norm of the meta-gradient before clipping.
-        params: Current meta-parameters, constrained.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    params: dict[str, Tensor]
+__all__ = ["estimate_memory", "meta_learn"]
 
 
 def meta_learn(
@@ -73,13 +45,20 @@ def meta_learn(
     first_order: bool = False,
     device: torch.device | str = "auto",
     compile: Compile = "auto",
+    memory: Memory = full(),
+    chunk_size: int | None = None,
+    precision: Precision = "float32",
     progress: bool = True,
     seed: int = 0,
     start: LearnedPrior | None = None,
     checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 100,
     callbacks: Sequence[Callable[[MetaStep], None]] = (),
 ) -> LearnedPrior:
     """Meta-learns the shared prior of a task model from many tasks.
+
+    Under `torchrun`, and in an initialised process group of `torch.distributed`, processes share the tasks of each
+    batch: all call this with the same arguments and get the same prior; see `bmaml_ppl.distributed`.
 
     Args:
         model: Pyro model of one task. Each `pyro.param` and each parameter of a registered network is learned.
@@ -99,44 +78,116 @@ def meta_learn(
         device: Where to compute; "auto" is CUDA where there is one.
         compile: Whether to record an adaptation step as a graph of tensor operations, which runs several times
             faster than Pyro's handlers and takes a second or two to make; "auto" records runs of 20 steps or more.
+        memory: What an unrolled adaptation keeps for the outer gradient: `full()`, `checkpointed()` or
+            `truncated(k)` of `bmaml_ppl.memory`, where a table says when to take which.
+        chunk_size: Tasks differentiated together; fewer need less memory and give the same gradient. None is all.
+        precision: "float32" leaves tasks as they are; "float64" casts them and all that is learned; "bf16" takes the
+            products of matrices within the model in bfloat16, "tf32" all of them in TF32 on an NVIDIA GPU, both for
+            large networks: meta-gradients then have two or three digits.
         progress: Whether to show a progress bar.
         seed: Seed of batches, starts and draws; the same seed gives the same prior, bit for bit on CPU.
         start: A learned prior of the same model to go on from, with its standardisation.
-        checkpoint_dir: Folder that keeps the prior during the run as `prior.safetensors`, every 100 steps and at
-            the end.
-        callbacks: Called with a `MetaStep` after each meta-step.
+        checkpoint_dir: Folder for checkpoints, of which the newest two are kept, and the prior so far as
+            `prior.safetensors`. The same call with the same folder goes on from the newest whole checkpoint, to the
+            same prior, bit for bit on CPU, as if it had never been stopped; a finished run returns at once.
+            SIGINT (Ctrl-C) and SIGTERM wait for the step and its checkpoint and then do what they always do; the
+            second one acts at once.
+        checkpoint_every: Meta-steps between two checkpoints; one is written at the end too.
+        callbacks: Called with a `MetaStep` after each meta-step of this call, not after those of a checkpoint.
 
     Returns:
         The learned prior, with the run's history.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If the model cannot be a task model, a task has too few observations, or `start` belongs
-            to another model.
+        ValueError: If the model cannot be a task model, a task has too few observations, `start` belongs
+            to another model, or `checkpoint_dir` holds another run's checkpoints (the message names each setting
+            that differs) or none that is whole.
 
     Warns:
+        CheckpointWarning: If a damaged checkpoint was passed over, or one could not be written; the run goes on.
         NotConverged: If more than a tenth of the last adaptations stopped short of the optimum at which implicit
             gradients are taken.
         StoppedEarly: If the loss or its gradient became non-finite, or the run was interrupted from the
             keyboard; the last good prior is returned.
     """
-    _check_kinds(tasks, inference, objective, start)
+    _check_kinds(tasks, inference, objective, start, memory)
     check_count("num_steps", num_steps, least=0)
     check_count("batch_size", batch_size, least=1)
-    tasks = _with_units_of(start, tasks.to(_choose_device(device)))
-    _warn_of_units(tasks)
-    learned = _prepare(model, tasks, inference or svgd(), num_support, seed, start)
-    record = should_record(compile, num_steps)
-    adapter = Adapter(learned.density, learned.inference, learned.start, first_order, record)
-    loop = _Loop(
-        learned,
-        adapter,
-        tasks.scaled(),
-        _choose_objective(objective, learned.inference, learned.start),
-        _Schedule(num_steps, batch_size, optimizer, max_grad_norm),
-        list(callbacks) + ([_Checkpoint(learned, Path(checkpoint_dir), num_steps)] if checkpoint_dir else []),
-    )
-    return loop.run(progress)
+    check_count("checkpoint_every", checkpoint_every, least=1)
+    world, where = join_world(_choose_device(device))
+    tasks, dtype = _with_units_of(start, tasks.to(where)), dtype_of(precision)
+    with world.one_voice():
+        _warn_of_units(tasks)
+    learned = _prepare(model, tasks, inference or svgd(), num_support, seed, start, dtype).to(dtype=dtype)
+    tasks = tasks.to(dtype=dtype)
+    check_precision(precision, learned.inference, learned.density.dim, where, learned.like.dtype)
+    mode = choose_mode(compile, num_steps, learned.inference.num_steps)
+    density = reduce_matmuls(learned.density, precision)
+    adapter = Adapter(density, learned.inference, learned.start, first_order, mode, memory)
+    objective = _choose_objective(objective, learned.inference, learned.start)
+    schedule = Schedule(num_steps, batch_size, optimizer, max_grad_norm, chunk_size)
+    checkpoints = None
+    if checkpoint_dir or world.size > 1:
+        given = {"first_order": first_order, "memory": str(memory), "precision": precision, **schedule.settings}
+        run = describe_run(learned, tasks, objective, from_start=start is not None, **given)
+        world.require_same(run)
+        if checkpoint_dir:
+            checkpoints = Checkpoints(Path(checkpoint_dir), run, checkpoint_every, world.writes)
+    loop = Loop(learned, adapter, tasks.scaled(), objective, schedule, list(callbacks), world, checkpoints)
+    with world.one_voice(), world.held, tensor_cores(precision, where):
+        return loop.run(progress)
+
+
+def estimate_memory(
+    model: Model,
+    tasks: Tasks,
+    *,
+    num_support: int | range,
+    inference: Inference | None = None,
+    objective: Objective | None = None,
+    batch_size: int = 10,
+    first_order: bool = False,
+    device: torch.device | str = "auto",
+    memory: Memory = full(),
+    chunk_size: int | None = None,
+    precision: Precision = "float32",
+    seed: int = 0,
+) -> MemoryEstimate:
+    """What a meta-step of `meta_learn` with these arguments needs in memory, without running one.
+
+    It takes a second or two: meta-steps of one and two tasks and of two and three adaptation steps are run, and what
+    they keep alive is extrapolated. In float32 networks it was within a factor 1.5 of the memory that processes took.
+
+    Args:
+        model: See `meta_learn`, for these and all others.
+        tasks: Training tasks.
+        num_support: Observations that a task adapts to.
+        inference: Adaptation.
+        objective: What is minimised.
+        batch_size: Tasks a meta-step.
+        first_order: Stop gradients at the scores.
+        device: Where to compute.
+        memory: What an unrolled adaptation keeps for the outer gradient.
+        chunk_size: Tasks differentiated together.
+        precision: Of what is computed.
+        seed: Of the batch and the starts that are looked at.
+
+    Returns:
+        Bytes of the particles, the unrolled graph and the rest, and in total; `str` shows them.
+    """
+    _check_kinds(tasks, inference, objective, None, memory)
+    where, dtype = _choose_device(device), dtype_of(precision)
+    learned = _prepare(model, tasks.to(where), inference or svgd(), num_support, seed, None, dtype).to(dtype=dtype)
+    check_precision(precision, learned.inference, learned.density.dim, where, learned.like.dtype)
+    density = reduce_matmuls(learned.density, precision)
+    adapter = Adapter(density, learned.inference, learned.start, first_order, "recorded", memory)
+    objective = _choose_objective(objective, learned.inference, learned.start)
+    batch = tasks.to(where, dtype).scaled().sample_batch(batch_size, num_support, torch.Generator().manual_seed(seed))
+    views = episode_views(batch, needs_masks(tasks, num_support))
+    params = unconstrain(learned.params, learned.constraints)
+    num_together = min(len(batch.support), chunk_size or batch_size)
+    return MemoryProbe(adapter, objective, learned.constraints, params, views).estimate(num_together, memory)
 
 
 def _prepare(
@@ -146,15 +197,16 @@ def _prepare(
     num_support: int | range,
     seed: int,
     start: LearnedPrior | None,
+    dtype: torch.dtype | None,
 ) -> LearnedPrior:
-    """The prior before the first meta-step."""
+    """The prior before the first meta-step; the model is traced with tasks of the dtype that its networks have."""
     batch = as_task_data(tasks)
     task = one_task(batch)
     rows = slice(None) if task.mask is None else task.mask
     example = {k: v[rows] if k in tasks.data else v for k, v in task.data.items()}
     with seeded(seed, torch.device("cpu")):  # a model may draw its initial values
         density = from_model(model, example, tasks.constants)
-    if _needs_masks(tasks, num_support):
+    if needs_masks(tasks, num_support):
         density.refuse_unmaskable(tasks.data)
     initial = density.to(device=_device_of(tasks)).prior
     check_observations(density, initial, batch.data, batch.mask, tasks.names)
@@ -166,7 +218,7 @@ def _prepare(
         with seeded(seed, torch.device("cpu")):
             reserved["particles"] = density.initial_particles(inference.num_particles, example)
     _check_names(density, {"particles", "step_size", *reserved})
-    like = next((v for v in example.values() if v.is_floating_point()), torch.zeros(()))
+    like = next((v for v in example.values() if v.is_floating_point()), torch.zeros(())).to(dtype=dtype)
     params = {k: v.detach().to(like) for k, v in {**density.prior, **reserved}.items()}
     if not params:
         raise ValueError(
@@ -180,12 +232,13 @@ def _prepare(
     return LearnedPrior(density, inference, kind, params, template, tasks.scaling, num_support, seed)
 
 
-def _check_kinds(tasks: object, inference: object, objective: object, start: object) -> None:
+def _check_kinds(tasks: object, inference: object, objective: object, start: object, memory: object) -> None:
     for name, got, kind, write in (
         ("tasks", tasks, Tasks, "Tasks.from_frame(...), or Tasks({name: tensor of shape (T, N)})"),
         ("inference", inference, Inference | None, "inference=svgd(num_particles=20)"),
         ("objective", objective, Objective | None, 'objective=query_nll("mean")'),
         ("start", start, LearnedPrior | None, "start=load_prior(path, model)"),
+        ("memory", memory, Memory, "memory=checkpointed()"),
     ):
         if not isinstance(got, kind):
             raise TypeError(f"{name} is {got!r:.80}, a {type(got).__name__}; write {write}")
@@ -220,11 +273,6 @@ def _device_of(tasks: Tasks) -> torch.device:
 def _check_names(density: Density, reserved: set[str]) -> None:
     if taken := sorted(reserved & set(density.prior)):
         raise ValueError(f"pyro.param {taken} have names that the learner uses itself; rename them in the model")
-
-
-def _needs_masks(tasks: Tasks, num_support: int | range) -> bool:
-    """Whether some batch of these tasks is padded."""
-    return tasks.mask is not None or isinstance(num_support, range)
 
 
 def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
@@ -262,120 +310,3 @@ def _warn_of_units(tasks: Tasks) -> None:
                 "Write tasks.standardize() on the training tasks: predictions still come in your units",
                 stacklevel=3,
             )
-
-
-class _Schedule(NamedTuple):
-    """How long and how fast the outer loop goes."""
-
-    num_steps: int
-    batch_size: int
-    optimizer: Optimizer | None
-    max_grad_norm: float
-
-
-class _Checkpoint:
-    """A callback that writes the current prior to a folder."""
-
-    def __init__(self, learned: LearnedPrior, folder: Path, num_steps: int) -> None:
-        self.learned, self.num_steps = learned, num_steps
-        self.path = folder / "prior.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, info: MetaStep) -> None:
-        if info.step % _CHECKPOINT_EVERY == 0 or info.step == self.num_steps:
-            replace(self.learned, params=info.params).save(self.path)
-
-
-class _Loop:
-    """The outer loop's moving parts."""
-
-    def __init__(
-        self,
-        learned: LearnedPrior,
-        adapter: Adapter,
-        tasks: Tasks,
-        objective: Objective,
-        schedule: _Schedule,
-        callbacks: list[Callable[[MetaStep], None]],
-    ) -> None:
-        self.learned, self.tasks, self.schedule, self.callbacks = learned, tasks, schedule, callbacks
-        self.constraints = learned.constraints
-        self.gradient = partial(meta_gradient, adapter, objective, self.constraints)
-        self.masked = _needs_masks(tasks, learned.num_support)
-        free = unconstrain(learned.params, self.constraints)
-        self.params = {k: v.detach().clone().requires_grad_() for k, v in free.items()}
-        if schedule.optimizer is None:
-            slow = learned.density.networks | {"particles"}
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(self.params, slow))
-        else:
-            self.optimizer = schedule.optimizer(list(self.params.values()))
-        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(schedule.num_steps, 1))
-        self.generator = torch.Generator().manual_seed(learned.seed)
-        self.history = History()
-
-    def run(self, progress: bool) -> LearnedPrior:
-        """Takes all meta-steps and returns the learned prior."""
-        bar = tqdm(range(1, self.schedule.num_steps + 1), disable=not progress, desc="meta-learning")
-        kept = self._snapshot()
-        for step in bar:
-            # Only what had a finite loss and gradient is good; what the optimiser makes of it is not known yet.
-            before = self._snapshot()
-            try:
-                stopped = self._step(step)
-            except KeyboardInterrupt:
-                stopped = f"interrupted at meta-step {step}"
-            if stopped is not None:
-                self.history.stopped = stopped
-                warnings.warn(_STOPPED.format(stopped), StoppedEarly, stacklevel=3)
-                return replace(self.learned, params=kept, history=self.history)
-            kept, h = before, self.history
-            rate = sum(h.tasks_per_second[-20:]) / len(h.tasks_per_second[-20:])
-            counts = {"repaired": h.num_repaired[-1], "not converged": h.num_unconverged[-1]}
-            notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
-            shown = f"loss {h.loss[-1]:.3f}, gradient {h.grad_norm[-1]:.2g}, {rate:.0f} tasks/s{notes}"
-            bar.set_postfix_str(shown, False)
-        self._warn_of_unconverged()
-        return replace(self.learned, params=self._snapshot(), history=self.history)
-
-    def _step(self, step: int) -> str | None:
-        """Takes one meta-step; returns why the loop must stop, or None."""
-        began = perf_counter()
-        episode = self.tasks.sample_batch(self.schedule.batch_size, self.learned.num_support, self.generator)
-        params = {k: v.detach() for k, v in self.params.items()}
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        with seeded(seed, self.learned.device):
-            found = self.gradient(params, episode_views(episode, self.masked))
-        loss = found.loss
-        gradients, norm = clip(found.gradients, self.schedule.max_grad_norm)
-        if not torch.isfinite(loss + norm):
-            return f"loss {loss.item():g} with gradient norm {norm.item():g} at meta-step {step}"
-        self.history.loss.append(loss.item())
-        self.history.grad_norm.append(norm.item())
-        self.history.num_repaired.append(found.num_repaired)
-        self.history.num_unconverged.append(found.num_unconverged)
-        for name, value in self.params.items():
-            value.grad = gradients[name]
-        self.optimizer.step()
-        if self.schedule.optimizer is None:
-            self.decay.step()
-        self.history.tasks_per_second.append(len(episode.support) / (perf_counter() - began))
-        for callback in self.callbacks:
-            callback(MetaStep(step, loss.item(), norm.item(), self._snapshot()))
-        return None
-
-    def _warn_of_unconverged(self) -> None:
-        """Speaks up where gradients at optima were taken elsewhere, toward the end of the run."""
-        counts = self.history.num_unconverged[-_LAST_STEPS:]
-        tasks = len(counts) * self.schedule.batch_size
-        if len(counts) >= _FEWEST_STEPS and sum(counts) > _MOST_UNCONVERGED * tasks:
-            warnings.warn(
-                f"in the last {len(counts)} meta-steps {sum(counts)} of {tasks} adaptations stopped short of the "
-                "optimum at which implicit gradients are taken; write more steps in the inference (num_steps=...), or "
-                'gradient="unrolled"',
-                NotConverged,
-                stacklevel=4,
-            )
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        detached = {k: v.detach().clone() for k, v in self.params.items()}
-        return {k: v.clone() for k, v in constrain(detached, self.constraints).items()}

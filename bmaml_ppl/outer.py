@@ -12,7 +12,20 @@ from bmaml_ppl.objectives import Objective, Rollout
 from bmaml_ppl.tasks import Episode
 from bmaml_ppl.types import Tensors
 
-__all__ = ["MetaGradient", "clip", "constrain", "episode_views", "meta_gradient", "parameter_groups", "unconstrain"]
+__all__ = [
+    "Constraints",
+    "Views",
+    "count",
+    "weigh",
+    "MetaGradient",
+    "clip",
+    "constrain",
+    "episode_views",
+    "equal_weights",
+    "meta_gradient",
+    "parameter_groups",
+    "unconstrain",
+]
 
 Constraints = Mapping[str, constraints.Constraint]
 
@@ -46,19 +59,30 @@ class MetaGradient(NamedTuple):
 
     Attributes:
         gradients: Of the loss, by meta-parameter.
-        loss: The objective's mean over the tasks.
-        num_repaired: Tasks whose curvature had to be repaired.
-        num_unconverged: Tasks that stopped short of the optimum at which the gradient is taken.
+        loss: The objective's mean over the tasks, a scalar.
+        num_repaired: Tasks whose curvature had to be repaired, a scalar.
+        num_unconverged: Tasks that stopped short of the optimum at which the gradient is taken, a scalar.
     """
 
     gradients: dict[str, Tensor]
     loss: Tensor
-    num_repaired: int = 0
-    num_unconverged: int = 0
+    num_repaired: Tensor
+    num_unconverged: Tensor
+
+
+def equal_weights(views: Views) -> Tensor:
+    """Weights of tasks that make the loss their mean, (T,)."""
+    like = next(value for value in views[0].data.values() if value.is_floating_point())
+    return like.new_full((len(like),), 1 / len(like))
 
 
 def meta_gradient(
-    adapter: Adapter, objective: Objective, known: Constraints, params: Tensors, views: Views
+    adapter: Adapter,
+    objective: Objective,
+    known: Constraints,
+    params: Tensors,
+    views: Views,
+    weights: Tensor | None = None,
 ) -> MetaGradient:
     """Gradient of the objective's mean over a batch of tasks, and its value.
 
@@ -70,14 +94,17 @@ def meta_gradient(
         known: Constraints of the meta-parameters.
         params: Unconstrained meta-parameters.
         views: Support, query and everything of a batch of tasks.
+        weights: Of the tasks' losses, (T,), for a part of a larger batch; a task of weight 0 only fills the layout up.
+            None is 1 / T each.
 
     Raises:
         ValueError: If the objective depends on no meta-parameter.
     """
+    weights = equal_weights(views) if weights is None else weights
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     with torch.enable_grad():
         rollout = Rollout(adapter, constrain(leaves, known), *views)
-        loss = objective(rollout).mean()
+        loss = weigh(objective(rollout), weights)
         if not loss.requires_grad:
             implicit = adapter.inference.implicit
             raise ValueError(
@@ -87,7 +114,17 @@ def meta_gradient(
             )
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
     found = dict(zip(leaves, gradients, strict=True))
-    return MetaGradient(found, loss.detach(), rollout.num_repaired, rollout.num_unconverged)
+    return MetaGradient(found, loss.detach(), *count(rollout, weights))
+
+
+def weigh(losses: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum, (T,) -> a scalar; what is not finite in a task that only fills up is left out."""
+    return torch.where(weights > 0, losses * weights, 0.0).sum()
+
+
+def count(rollout: Rollout, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Tasks whose curvature was repaired, and that did not converge; those that only fill up are left out."""
+    return (rollout.repaired & (weights > 0)).sum(), (rollout.unconverged & (weights > 0)).sum()
 
 
 def clip(gradients: Tensors, limit: float) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,12 +7,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from traceback import FrameSummary, StackSummary, walk_tb
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from torch import Tensor
 from bmaml_ppl._columns import check_known
 from bmaml_ppl.diagnostics.check import check
 from bmaml_ppl.diagnostics.export import save_tree
+from bmaml_ppl.distributed import join_world, num_restarts
 from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.posterior import Posterior
-from bmaml_ppl.settings import Settings, SettingsError, make_inference, make_objective, write_settings
+from bmaml_ppl.run_folder import RunFolder
+from bmaml_ppl.settings import Settings, SettingsError, make_inference, make_memory, make_objective, write_settings
 from bmaml_ppl.storage import load_prior, read_schema
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Model
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 __all__ = [
+    "End",
     "adapt_prior",
     "describe_prior",
     "describe_values",
@@ -41,6 +44,9 @@ __all__ = [
     "read_csv",
     "read_tasks",
 ]
+
+End = Literal["finished", "stopped", "kept"]
+"""How a run of `fit` ended: "kept" is one that had been finished before."""
 
 _MODEL_MODULE = "_bmaml_ppl_model"
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -92,15 +98,35 @@ def find_model_lines(error: BaseException) -> list[str]:
     return [f"in {Path(f.filename).name}, line {f.lineno}: {f.line}" for f in reversed(frames)]
 
 
-def fit_prior(settings: Settings, *, progress: bool = True) -> Path:
+def fit_prior(settings: Settings, *, progress: bool = True, overwrite: bool = False) -> tuple[Path, End]:
     """Meta-learns a prior and leaves it, its settings and its history in the folder `settings.out`.
 
+    Goes on where a run of the same settings in that folder was stopped, and does nothing where one is finished.
+
+    Args:
+        settings: Of the run.
+        progress: Whether to show a progress bar.
+        overwrite: Whether to remove what another run left in the folder.
+
     Returns:
-        The file of the prior.
+        The file of the prior, and how the run ended.
+
+    Raises:
+        SettingsError: The folder holds a run of other settings.
     """
     settings = _with_absolute_paths(settings)
     model, tasks = load_model(settings.model), read_tasks(read_csv(settings.data), settings)
-    prior = meta_learn(
+    world, folder = join_world()[0], RunFolder(settings)
+    # What torchrun starts again goes on, whatever it was asked at first.
+    if world.first(lambda: folder.claim(overwrite and not num_restarts())):
+        return folder.prior, "kept"
+    prior = _learn(model, tasks, settings, folder, progress)
+    finished = world.first(lambda: _write_results(prior, folder))
+    return folder.prior, "finished" if finished else "stopped"
+
+
+def _learn(model: Model, tasks: Tasks, settings: Settings, folder: RunFolder, progress: bool) -> LearnedPrior:
+    return meta_learn(
         model,
         tasks.standardize() if settings.standardize else tasks,
         num_support=settings.shots,
@@ -112,14 +138,24 @@ def fit_prior(settings: Settings, *, progress: bool = True) -> Path:
         device=settings.device,
         progress=progress,
         seed=settings.seed,
+        compile=settings.compile,
+        memory=make_memory(settings.memory),
+        chunk_size=settings.chunk_size,
+        precision=settings.precision,
+        checkpoint_dir=folder.checkpoints,
+        checkpoint_every=settings.checkpoint_every,
     )
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    prior.save(folder / "prior.safetensors")
-    write_settings(asdict(settings), folder / "settings.yaml")
+
+
+def _write_results(prior: LearnedPrior, folder: RunFolder) -> bool:
+    """Whether the run is finished, and not stopped early."""
+    prior.save(folder.prior)
     if prior.history.loss:
-        _write_history(prior.history, folder)
-    return folder / "prior.safetensors"
+        _write_history(prior.history, folder.path)
+    finished = prior.history.stopped is None
+    if finished:
+        folder.finish()
+    return finished
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from bmaml_ppl import objectives
+from bmaml_ppl import memory, objectives
+from bmaml_ppl.compile import Compile
 from bmaml_ppl.inference import ALGORITHMS
+from bmaml_ppl.memory import Memory
+from bmaml_ppl.numerics import Precision
 from bmaml_ppl.objectives import Objective
 from bmaml_ppl.types import Inference
 
@@ -22,6 +25,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "make_inference",
+    "make_memory",
     "make_objective",
     "parse_pairs",
     "read_settings",
@@ -30,6 +34,8 @@ __all__ = [
 ]
 
 ColumnMap = dict[str, str | list[str]]
+_NOTES = ("files", "versions")
+"""What a kept file of settings says beside them."""
 
 
 class SettingsError(ValueError):
@@ -56,8 +62,13 @@ class Settings:
         num_steps: Meta-steps.
         batch_size: Tasks a meta-step.
         first_order: Whether outer gradients stop at the scores.
+        compile: Whether to compile an adaptation step, or "auto", where the run is long enough to earn that back.
+        memory: What the unrolled adaptation keeps for the outer gradient, such as "full" or "checkpointed(5)".
+        chunk_size: Tasks differentiated together; fewer need less memory. None is all.
+        precision: Of the arithmetic.
         device: "auto", "cpu" or "cuda".
         seed: Of everything random.
+        checkpoint_every: Meta-steps from one checkpoint to the next.
         out: Folder of the results.
     """
 
@@ -76,8 +87,13 @@ class Settings:
     num_steps: int = 1000
     batch_size: int = 10
     first_order: bool = False
+    compile: Compile = "auto"
+    memory: str = "full"
+    chunk_size: int | None = None
+    precision: Precision = "float32"
     device: str = "auto"
     seed: int = 0
+    checkpoint_every: int = 100
     out: str = "runs/fit"
 
     @property
@@ -118,7 +134,7 @@ def resolve(given: Mapping[str, Any], config: str | Path | None = None) -> Setti
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads settings from YAML or TOML; the versions that `write_settings` notes are left out.
+    """Reads settings from YAML or TOML; the versions and files that `write_settings` notes are left out.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -139,7 +155,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SettingsError(f"'{path}' holds {type(found).__name__}; write lines such as\ntask: Pig")
     found = {name.replace("-", "_") if isinstance(name, str) else name: value for name, value in found.items()}
-    found.pop("versions", None)
+    for name in _NOTES:
+        found.pop(name, None)
     _check_names(f"setting in '{path}'", found, _READERS)
     return {name: _READERS[name](name, value) for name, value in found.items()}
 
@@ -220,9 +237,27 @@ def make_objective(text: str) -> Objective | None:
             raise SettingsError(f"got objective {text!r}; write a sum such as 'chaser(5) + query_nll(mean)'")
         weight, name, argument = match.groups()
         _check_names("objective", [name], known)
-        arguments = [_parse_scalar(each.strip()) for each in argument.split(",")] if argument else []
-        total = total + float(weight or 1) * known[name](*arguments)
+        total = total + float(weight or 1) * known[name](*_parse_arguments(argument))
     return total
+
+
+def make_memory(text: str) -> Memory:
+    """Makes a memory mode of text such as "full" or "checkpointed(5)".
+
+    Raises:
+        SettingsError: The text is not a known mode.
+    """
+    known = {name: getattr(memory, name) for name in memory.__all__ if name[0].islower()}
+    match = re.fullmatch(r"\s*(\w+)(?:\((.*)\))?\s*", text)
+    if match is None:
+        raise SettingsError(f"got memory {text!r}; write a mode such as 'full' or 'checkpointed(5)'")
+    _check_names("memory", [match[1]], known)
+    made: Memory = known[match[1]](*_parse_arguments(match[2]))
+    return made
+
+
+def _parse_arguments(text: str | None) -> list[Any]:
+    return [_parse_scalar(each.strip()) for each in text.split(",")] if text else []
 
 
 def _check_names(what: str, given: Iterable[Any], known: Iterable[str]) -> None:
@@ -250,6 +285,19 @@ def _read_switch(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     raise SettingsError(f"setting {name!r} is true or false, got {value!r}")
+
+
+def _read_compile(name: str, value: Any) -> Compile:
+    known: dict[str, Compile] = {"auto": "auto", "true": True, "false": False}
+    if (text := str(value).lower()) in known:
+        return known[text]
+    raise SettingsError(f"setting {name!r} is auto, true or false, got {value!r}")
+
+
+def _read_precision(name: str, value: Any) -> Precision:
+    if value in get_args(Precision):
+        return value
+    raise SettingsError(f"setting {name!r} is {', '.join(get_args(Precision))}; got {value!r}")
 
 
 def _read_shots(name: str, value: Any) -> int | list[int]:
@@ -290,5 +338,8 @@ _KINDS: dict[Any, Callable[[str, Any], Any]] = {
     ColumnMap: _read_columns,
     dict[str, Any]: _read_options,
     int | list[int]: _read_shots,
+    int | None: lambda name, value: None if value is None else _read_count(name, value),
+    Compile: _read_compile,
+    Precision: _read_precision,
 }
 _READERS = {f.name: _KINDS[f.type] for f in fields(Settings)}

@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyro
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,6 +15,7 @@ from torch.distributions.constraints import Constraint
 
 from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.density import Density, from_model
+from bmaml_ppl.files import dump_tensors, write_atomically
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.model_view import fingerprint
@@ -25,7 +23,7 @@ from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.template import Template
 from bmaml_ppl.types import Inference, Model
 
-__all__ = ["FORMAT_VERSION", "load_prior", "read_schema", "save_prior"]
+__all__ = ["FORMAT_VERSION", "describe_prior", "load_prior", "read_schema", "save_prior"]
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader would misread the file."""
@@ -55,15 +53,14 @@ def save_prior(prior: LearnedPrior, path: str | Path) -> None:
         raise FileNotFoundError(f"cannot save to '{path}': there is no folder '{path.parent}'; make it first")
     scaling = {} if prior.scaling is None else prior.scaling.state()
     tensors = {f"params.{k}": v for k, v in prior.params.items()} | {f"scaling.{k}": v for k, v in scaling.items()}
-    stored = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     try:
-        schema = json.dumps(_describe_prior(prior))
+        schema = json.dumps(describe_prior(prior))
     except TypeError as error:
         raise ValueError(
             f"inference {prior.inference.name!r} has settings {prior.inference.config}, which JSON cannot hold: "
             f"{error}; its config must be numbers, strings, None and lists of them"
         ) from error
-    _write_atomically(path, safetensors.torch.save(stored, {"format": _FORMAT, "schema": schema}))
+    write_atomically(path, dump_tensors(tensors, {"format": _FORMAT, "schema": schema}))
 
 
 def load_prior(path: str | Path, model: Model) -> LearnedPrior:
@@ -95,7 +92,8 @@ def load_prior(path: str | Path, model: Model) -> LearnedPrior:
         ) from error
 
 
-def _describe_prior(prior: LearnedPrior) -> Schema:
+def describe_prior(prior: LearnedPrior) -> Schema:
+    """What a file says of a learned prior besides its tensors, as JSON values."""
     from bmaml_ppl import __version__
 
     num_support = prior.num_support
@@ -170,19 +168,6 @@ def _describe_template(template: Template) -> Schema:
         "outputs": list(template.outputs),
         "integers": {key: str(dtype).removeprefix("torch.") for key, dtype in template.integers.items()},
     }
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # Not tempfile: its files are readable by their owner alone, and os.replace would keep that.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Schema, dict[str, Tensor]]:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from bmaml_ppl import __version__
@@ -33,6 +35,20 @@ def misspelt(time, weight=None):
 
 
 NUMBER = 3
+"""
+_INTERRUPTED = """
+
+def interrupted(time, weight=None):
+    import os, signal
+    from pathlib import Path
+
+    calls = Path("calls")
+    if not Path("a/prior.safetensors").exists():
+        with calls.open("a") as file:
+            file.write(".")
+        if calls.stat().st_size == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+    line(time, weight)
 """
 PIG = ["--task", "Pig", "--output", "weight=Weight", "--num-steps", "2"]
 FIT = [*PIG, "--input", "time=Time"]
@@ -164,6 +180,48 @@ def test_adapt_asks_for_what_is_not_beside_the_prior(run: Run) -> None:
     assert Path("b/predictions.csv").is_file()
 
 
+def test_a_finished_run_is_kept_and_another_is_refused_unless_it_may_be_replaced(run: Run) -> None:
+    _fit(run, "--out", "a")
+    before = Path("a/prior.safetensors").read_bytes()
+    assert "Learned before by the same settings" in _fit(run, "--out", "a", "--compile", "false").output
+    again = ("fit", "--config", "a/settings.yaml", "--out", "a", "--num-steps", "3")
+    told = _refused(run(*again))
+    assert "'a' holds a finished run of other settings (num_steps was 2, is 3); write --overwrite" in told
+    assert Path("a/prior.safetensors").read_bytes() == before
+    assert "Written to" in run(*again, "--overwrite").output
+    assert len(pandas.read_csv("a/history.csv")) == 3
+
+
+def test_an_edited_model_or_data_file_makes_another_run(run: Run) -> None:
+    _fit(run, "--out", "a")
+    Path("model.py").write_text(MODEL.replace("0.3", "0.4"))
+    _pigs().iloc[1:].to_csv("pigs.csv", index=False)
+    told = _refused(run("fit", "--config", "a/settings.yaml", "--out", "a"))
+    assert "the model file has changed; the data file has changed" in told
+
+
+def test_an_interrupted_run_goes_on_to_the_same_prior(run: Run) -> None:
+    # The second model sends Ctrl-C to its own process once, in the middle of the third meta-step or so.
+    Path("model.py").write_text(MODEL + _INTERRUPTED)
+    more = ["--data", "pigs.csv", *FIT, *SMALL, "--num-steps", "6", "--compile", "false", "--checkpoint-every", "4"]
+    with pytest.warns(UserWarning, match="interrupted at meta-step"):
+        stopped = run("fit", "model.py:interrupted", *more, "--out", "a")
+    assert "Stopped early, the same command goes on" in stopped.output
+    assert len(pandas.read_csv("a/history.csv")) < 6
+    assert "Written to a" in run("fit", "model.py:interrupted", *more, "--out", "a").output
+    assert not Path("a/checkpoints").exists()
+    assert run("fit", "model.py:interrupted", *more, "--out", "b").exit_code == 0
+    assert Path("a/prior.safetensors").read_bytes() == Path("b/prior.safetensors").read_bytes()
+    assert Path("a/history.csv").read_text() == Path("b/history.csv").read_text()
+
+
+def test_memory_precision_and_chunks_reach_the_learner(run: Run) -> None:
+    _fit(run, "--out", "a", "--memory", "checkpointed(2)", "--chunk-size", "2", "--precision", "float64")
+    kept = yaml.safe_load(Path("a/settings.yaml").read_text())
+    assert (kept["memory"], kept["chunk_size"], kept["precision"]) == ("checkpointed(2)", 2, "float64")
+    assert all(value.dtype == torch.float64 for value in load_file("a/prior.safetensors").values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -187,6 +245,10 @@ def test_adapt_asks_for_what_is_not_beside_the_prior(run: Run) -> None:
         (["model.py:line", *FIT, "--num-support", "6"], "pig 1"),
         (["model.py:line", *FIT, "--config", "none.yaml"], "there is no settings file 'none.yaml'"),
         (["--task", "Pig"], "missing settings: model, input, output"),
+        (["model.py:line", *FIT, "--memory", "ful"], "unknown memory: 'ful'; did you mean 'full'?"),
+        (["model.py:line", *FIT, "--precision", "half"], "'precision' is float32, tf32, bf16, float64; got 'half'"),
+        (["model.py:line", *FIT, "--compile", "yes"], "'compile' is auto, true or false, got 'yes'"),
+        (["model.py:line", *FIT, "--checkpoint-every", "0"], "checkpoint_every"),
     ],
 )
 def test_a_mistake_of_fit_is_told_in_words(run: Run, arguments: list[str], told: str) -> None:
@@ -278,6 +340,7 @@ def test_laplace_is_fitted_by_its_evidence(run: Run) -> None:
         "laplace",
         "--objective",
         "evidence(query, 0.1)",
+        "--overwrite",
     )
     assert query.exit_code == 0, query.output
 

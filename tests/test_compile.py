@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from bmaml_ppl.compile import Recorded, should_record
+from bmaml_ppl.compile import Recorded, choose_mode
 
 
 def test_a_recorded_function_returns_the_same_nested_result() -> None:
@@ -41,10 +41,18 @@ def test_what_cannot_be_recorded_runs_eagerly_after_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compile", "steps", "wanted"), [("auto", 10, False), ("auto", 1000, True), (True, 1, True), (False, 9999, False)]
+    ("compile", "steps", "inner", "wanted"),
+    [
+        ("auto", 10, 10, "eager"),
+        ("auto", 100, 10, "recorded"),
+        ("auto", 10_000, 0, "compiled"),
+        ("auto", 1000, 10, "compiled"),
+        (True, 1, 1, "compiled"),
+        (False, 9999, 9, "eager"),
+    ],
 )
-def test_auto_records_long_runs(compile: Any, steps: int, wanted: bool) -> None:
-    assert should_record(compile, steps) is wanted
+def test_auto_compiles_long_runs(compile: Any, steps: int, inner: int, wanted: str) -> None:
+    assert choose_mode(compile, steps, inner) == wanted
 
 
 def test_interpreted_graphs_draw_and_compute_the_same() -> None:
@@ -52,7 +60,7 @@ def test_interpreted_graphs_draw_and_compute_the_same() -> None:
         return [x.sin() * torch.randn(3) + 1, x]
 
     plain, quick = Recorded(step), Recorded(step)
-    quick.interpreted = True
+    plain.interpreted = False
     x = torch.arange(3.0, dtype=torch.float64)
     for _ in range(3):  # TorchScript optimises on its second run
         results = []
@@ -68,7 +76,6 @@ def test_interpreted_graphs_draw_and_compute_the_same() -> None:
 
 def test_gradients_go_through_the_plain_graph() -> None:
     quick = Recorded(lambda x: [x.square()])
-    quick.interpreted = True
     x = torch.tensor(3.0, requires_grad=True)
     (gradient,) = torch.autograd.grad(quick(x)[0], x)
     assert gradient == 6

@@ -170,7 +170,7 @@ def radon_adapter() -> tuple[Adapter, TaskData]:
     tasks = radon()
     data = {k: v.double() for k, v in {**tasks.data, **tasks.constants}.items()}
     density = from_model(county_radon(), {k: v[-1] for k, v in data.items()}, ("uranium", "mean_floor"))
-    adapter = Adapter(density, laplace(num_steps=1, sites=density.sites), "prior", recorded=True)
+    adapter = Adapter(density, laplace(num_steps=1, sites=density.sites), "prior", mode="recorded")
     return adapter, TaskData(data, tasks.with_mask().mask)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bmaml_ppl import LearnedPrior, Tasks, load_prior, meta_learn
 from bmaml_ppl.inference import map_estimate, svgd
-from bmaml_ppl.meta import MetaStep, StoppedEarly
+from bmaml_ppl.loop import MetaStep, StoppedEarly
 from bmaml_ppl.objectives import Objective, chaser, query_nll
 from tests.toys import level, level_tasks, line, line_tasks, straight
 
@@ -257,6 +257,7 @@ def test_raw_units_are_spoken_of() -> None:
         ({"num_support": 6}, "6"),
         ({"batch_size": 0}, "batch_size=0.*at least 1"),
         ({"num_steps": -3}, "num_steps=-3.*at least 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0.*at least 1"),
         ({"compile": "yes"}, "compile='yes'.*auto"),
         ({"inference": svgd(init="posterior")}, "init='posterior'.*free"),  # type: ignore[arg-type]
     ],

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
+from bmaml_ppl.memory import Memory, checkpointed, full, truncated
 from bmaml_ppl.objectives import chaser, query_nll
 from bmaml_ppl.settings import (
     Settings,
     SettingsError,
     make_inference,
+    make_memory,
     make_objective,
     parse_pairs,
     read_settings,
@@ -71,6 +73,10 @@ def test_written_settings_read_back_as_they_were(tmp_path: Path) -> None:
         ("a.yaml", "input: Time\n", "'input' maps the model's keywords to columns"),
         ("a.yaml", "set: 3\n", "'set' maps options to values"),
         ("a.yaml", "task: true\n", "'task' is text, got True"),
+        ("a.yaml", "compile: often\n", "'compile' is auto, true or false, got 'often'"),
+        ("a.yaml", "precision: float16\n", "'precision' is float32, tf32, bf16, float64; got 'float16'"),
+        ("a.yaml", "checkpoint_every: -1\n", "'checkpoint_every' is a whole number from 0 up, got -1"),
+        ("a.yaml", "chunk_size: all\n", "'chunk_size' is a whole number from 0 up, got 'all'"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -123,6 +129,27 @@ def test_unknown_inference_and_options_name_the_nearest(name: str, options: dict
 @pytest.mark.parametrize("text", ["chaser(5) + query_nll(mean)", "0.5 chaser(1) + query_nll(mixture)", "marginal_nll"])
 def test_an_objective_is_read_as_it_is_shown(text: str) -> None:
     assert str(make_objective(text)) == text
+
+
+@pytest.mark.parametrize(("given", "read"), [("auto", "auto"), ("True", True), (False, False), ("false", False)])
+def test_compilation_is_read_from_text_and_from_a_switch(given: Any, read: Any) -> None:
+    assert resolve({**NEEDED, "compile": given}).compile is read
+
+
+@pytest.mark.parametrize(
+    ("text", "made"), [("full", full()), ("checkpointed(5)", checkpointed(5)), ("truncated( 10 )", truncated(10))]
+)
+def test_a_memory_mode_is_made_of_text(text: str, made: Memory) -> None:
+    assert make_memory(text) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("checkpoint(5)", "did you mean 'checkpointed'"), ("full +", "write a mode"), ("truncated(-1)", "num_steps")],
+)
+def test_a_wrong_memory_mode_is_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_memory(text)
 
 
 def test_automatic_objective_is_left_to_the_learner() -> None:

@@ -65,7 +65,7 @@ def bind(
     """An adapter for a model, its inference rebuilt with the model's site layout."""
     density = from_model(model, {k: v[0] for k, v in tasks.data.items()})
     bound = ALGORITHMS[inference.name](**inference.config, sites=density.sites)
-    return Adapter(density, bound, start, first_order, recorded)
+    return Adapter(density, bound, start, first_order, "recorded" if recorded else "eager")
 
 
 def views_of(tasks: Tasks, num_support: int) -> Views:

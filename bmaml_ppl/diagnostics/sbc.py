@@ -7,7 +7,6 @@ observations are exchangeable: the rank of z* among S draws is uniform on 0..S, 
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,19 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inference, one_task, seeded
+from bmaml_ppl.adaptation import (
+    Adapter,
+    TaskData,
+    as_task_data,
+    check_inference,
+    even_parts,
+    one_task,
+    seeded,
+    take_tasks,
+)
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.diagnostics.calibration import Calibration
-from bmaml_ppl.learned import LearnedPrior, choose_chunk_size, record
+from bmaml_ppl.learned import LearnedPrior, choose_chunk_size
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference
 
@@ -107,18 +115,16 @@ def simulation_based_calibration(
         check_inference(adapter.inference, prior.density, prior.params, one_task(batch))
     size = _choose_chunk(adapter, batch, num_draws, num_simulations) if chunk_size is None else chunk_size
     check_count("chunk_size", size, least=1)
-    num_chunks = ceil(num_simulations / size)
-    size = ceil(num_simulations / num_chunks)  # of equal size, for one recording to serve all
-    if adapter.inference.num_draws or num_chunks > 1:
-        adapter = record(adapter)
+    parts = even_parts(num_simulations, size)
+    if adapter.inference.num_draws or len(parts) > 1:
+        adapter = replace(adapter, mode="recorded")
     truth, batch = _simulate(prior, batch, num_simulations, seed)
     quantities = dict(quantities or {})
     names = _name_quantities(prior, one_task(batch), truth[0], quantities)
     found = []
-    for chunk in range(num_chunks):
-        # The last chunk is filled up with the first simulations, which are then dropped.
-        rows = torch.arange(chunk * size, (chunk + 1) * size, device=truth.device) % num_simulations
-        part = TaskData({k: v[rows] for k, v in batch.data.items()}, None if batch.mask is None else batch.mask[rows])
+    for chunk, positions in enumerate(parts):
+        rows = positions.to(truth.device)
+        part = take_tasks(batch, rows)
         found.append(
             _rank_chunk(prior, adapter, truth[rows], part, num_draws, quantities, seed + _STREAM * (chunk + 1))
         )

@@ -16,7 +16,8 @@ from bmaml_ppl.datasets.sine_line import AmbiguousTask, ambiguous_task, sine_lin
 from bmaml_ppl.diagnostics import scores
 from bmaml_ppl.inference import mean_field, platipus
 from bmaml_ppl.learned import LearnedPrior
-from bmaml_ppl.meta import MetaStep, meta_learn
+from bmaml_ppl.loop import MetaStep
+from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.models import hierarchical_regression
 from bmaml_ppl.objectives import Objective, elbo, platipus_loss, query_nll
 from bmaml_ppl.posterior import Posterior

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import log
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,14 +33,16 @@ class Radial(NamedTuple):
     Attributes:
         value: f.
         slope: f'.
+        ratio: f' / f where that is a constant, else None.
     """
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
+    ratio: float | None = None
 
 
 KERNELS: dict[str, Radial] = {
-    "rbf": Radial(lambda t: torch.exp(-t), lambda t: -torch.exp(-t)),
+    "rbf": Radial(lambda t: torch.exp(-t), lambda t: -torch.exp(-t), ratio=-1.0),
     "imq": Radial(lambda t: (1 + t) ** -0.5, lambda t: -0.5 * (1 + t) ** -1.5),
 }
 """`rbf`: exp(-t), Liu and Wang (2016). `imq`: (1 + t)^(-1/2), Gorham and Mackey (2017)."""
@@ -49,19 +52,19 @@ def _median(squared: Tensor) -> Tensor:
     """Median of the off-diagonal squared distances / log(M + 1): Liu and Wang's code and Pyro's."""
     num = squared.shape[-1]
     rows, columns = torch.triu_indices(num, num, offset=1, device=squared.device)
-    return squared[..., rows, columns].median(-1).values / torch.log(torch.tensor(num + 1.0))
+    return squared[..., rows, columns].median(-1).values / log(num + 1)
 
 
 def _mean(squared: Tensor) -> Tensor:
     """Mean of the off-diagonal squared distances / log(M + 1): smooth in the particles."""
     num = squared.shape[-1]
-    return squared.sum((-2, -1)) / (num * (num - 1)) / torch.log(torch.tensor(num + 1.0))
+    return squared.sum((-2, -1)) / (num * (num - 1)) / log(num + 1)
 
 
 def _released(squared: Tensor) -> Tensor:
     """Median over the whole matrix, its zero diagonal included, / log M: the BMAML authors' code."""
     num = squared.shape[-1]
-    return squared.flatten(-2).median(-1).values / torch.log(torch.tensor(float(num)))
+    return squared.flatten(-2).median(-1).values / log(num)
 
 
 BANDWIDTHS: dict[str, Callable[[Tensor], Tensor]] = {"median": _median, "mean": _mean, "released": _released}
@@ -103,15 +106,13 @@ def stein_direction(
     if particles.shape[0] == 1:
         return scores
     if blocks is None:
-        weights, drive, repel = _per_coordinate(particles, scores, kernel, bandwidth)
-        mass = weights.sum(-1).T
+        mass, direction = _per_coordinate(particles, scores, kernel, bandwidth, repulsion)
     else:
-        parts = [_one_block(particles[:, b], scores[:, b], kernel, bandwidth) for b in blocks]
-        drive = torch.cat([part[1] for part in parts], dim=1)
-        repel = torch.cat([part[2] for part in parts], dim=1)
+        parts = [_one_block(particles[:, b], scores[:, b], kernel, bandwidth, repulsion) for b in blocks]
         sizes = [b.stop - b.start for b in blocks]
-        mass = torch.cat([p[0].sum(1, keepdim=True).expand(-1, n) for p, n in zip(parts, sizes, strict=True)], dim=1)
-    return (drive + repulsion * repel) / (mass if normalise else len(particles))
+        mass = torch.cat([part[0].expand(-1, n) for part, n in zip(parts, sizes, strict=True)], dim=1)
+        direction = torch.cat([part[1] for part in parts], dim=1)
+    return direction / (mass if normalise else len(particles))
 
 
 def moment_direction(particles: Tensor, scores: Tensor) -> Tensor:
@@ -228,29 +229,49 @@ def _find_frame(num: int, dim: int, num_sweeps: int = 20) -> np.ndarray:
 
 
 def _one_block(
-    x: Tensor, scores: Tensor, kernel: Radial, bandwidth: Callable[[Tensor], Tensor] | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel matrix, (M, M), summed drive and summed repulsion, (M, d), of one block's kernel."""
+    x: Tensor, scores: Tensor, kernel: Radial, bandwidth: Callable[[Tensor], Tensor] | float, repulsion: float
+) -> tuple[Tensor, Tensor]:
+    """Kernel mass of each particle, (M, 1), and summed drive and repulsion, (M, d), of one block's kernel."""
     centred = x - x.mean(0).detach()
-    norms = centred.square().sum(-1)
-    squared = (norms.unsqueeze(0) + norms.unsqueeze(1) - 2 * centred @ centred.T).clamp_min(0.0)
-    squared = squared * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    gram = _multiply_exactly(centred, centred.T)
+    norms = gram.diagonal()
+    squared = (norms.unsqueeze(0) + norms.unsqueeze(1) - 2 * gram).clamp_min(0.0)
     h = _resolve(bandwidth, squared)
     weights = kernel.value(squared / h)
-    slopes = 2 * kernel.slope(squared / h) / h
-    return weights, weights @ scores, slopes @ centred - slopes.sum(1, keepdim=True) * centred
+    mass = weights.sum(1, keepdim=True)
+    if kernel.ratio is not None:
+        # One product serves drive and repulsion. A particle's own weight is 1 and its pull on itself is left out, so
+        # that scores survive a bandwidth near 0.
+        others = weights - torch.eye(len(x), dtype=x.dtype, device=x.device)
+        pull = 2 * repulsion * kernel.ratio / h * centred
+        return mass, scores + others @ (scores + pull) - others.sum(1, keepdim=True) * pull
+    slopes = 2 * repulsion * kernel.slope(squared / h) / h
+    return mass, weights @ scores + slopes @ centred - slopes.sum(1, keepdim=True) * centred
+
+
+def _multiply_exactly(left: Tensor, right: Tensor) -> Tensor:
+    """A product from which distances are made by subtraction: in double precision where TF32 would spoil it."""
+    if left.device.type == "cuda" and left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return _multiply_widely(left, right)
+    return left @ right
+
+
+def _multiply_widely(left: Tensor, right: Tensor) -> Tensor:
+    """The product in double precision, rounded to the factors' own."""
+    return (left.double() @ right.double()).to(left)
 
 
 def _per_coordinate(
-    x: Tensor, scores: Tensor, kernel: Radial, bandwidth: Callable[[Tensor], Tensor] | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with one kernel a coordinate, its matrices (D, M, M)."""
+    x: Tensor, scores: Tensor, kernel: Radial, bandwidth: Callable[[Tensor], Tensor] | float, repulsion: float
+) -> tuple[Tensor, Tensor]:
+    """The same with one kernel a coordinate, whose matrices are (D, M, M): mass and sum, (M, D) each."""
     difference = (x.unsqueeze(0) - x.unsqueeze(1)).movedim(-1, 0)
     squared = difference.square()
     h = _resolve(bandwidth, squared)
     weights = kernel.value(squared / h)
     repel = (2 * kernel.slope(squared / h) / h * difference).sum(-1)
-    return weights, (weights @ scores.T.unsqueeze(-1)).squeeze(-1).T, repel.T
+    drive = (weights @ scores.T.unsqueeze(-1)).squeeze(-1)
+    return weights.sum(-1).T, (drive + repulsion * repel).T
 
 
 def _resolve(bandwidth: Callable[[Tensor], Tensor] | float, squared: Tensor) -> Tensor:

@@ -189,7 +189,6 @@ class _Potential:
             return -log_density(z)
 
         self.slope = Recorded(grad_and_value(potential))
-        self.slope.interpreted = True
 
     def __call__(self, params: dict[str, Tensor]) -> Tensor:
         return _Value.apply(params["z"], self.slope)

@@ -48,21 +48,21 @@ class Rollout:
         return self.states[-1]
 
     @property
-    def num_repaired(self) -> int:
-        """Tasks whose curvature had to be repaired somewhere."""
-        return _count([*self.states, *self.measured], "repaired", True)
+    def repaired(self) -> Tensor:
+        """Tasks whose curvature had to be repaired somewhere, (T,)."""
+        return self._report([*self.states, *self.measured], "repaired", True)
 
     @property
-    def num_unconverged(self) -> int:
-        """Tasks that stopped short of an optimum in some adaptation that leads to one."""
-        return _count(self.states, "converged", False) if self.adapter.inference.implicit else 0
+    def unconverged(self) -> Tensor:
+        """Tasks that stopped short of an optimum in some adaptation that leads to one, (T,)."""
+        return self._report(self.states if self.adapter.inference.implicit else [], "converged", False)
 
-
-def _count(states: list[Any], name: str, value: bool) -> int:
-    """Tasks that some state reports to be so."""
-    reports: list[Any] = [describe_curvature(state, {}) for state in states if hasattr(state, "repair")]
-    found = [report[name] == value for report in reports]
-    return int(torch.stack(found).any(0).sum()) if found else 0
+    def _report(self, states: list[Any], name: str, value: bool) -> Tensor:
+        """Tasks that some state reports to be so."""
+        reports: list[Any] = [describe_curvature(state, {}) for state in states if hasattr(state, "repair")]
+        like = next(iter(self.support.data.values()))
+        none = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        return torch.stack([none, *(report[name] == value for report in reports)]).any(0)
 
 
 Loss = Callable[[Rollout], Tensor]

@@ -68,7 +68,8 @@ def chaser(num_leader_steps: int = 1, sites: Sequence[str] | None = None) -> Obj
         unknown = sorted(set(sites or ()) - set(known))
         if unknown:
             raise ValueError(f"chaser(sites=...) names {unknown}, but the model's latent sites are {list(known)}")
-        leader = adapter.run(follower, rollout.prior, rollout.everything, num_leader_steps)
+        with torch.no_grad():
+            leader = adapter.run(follower, rollout.prior, rollout.everything, num_leader_steps)
         squared = (follower.particles - leader.particles.detach()).square()
         return torch.stack([squared[..., known[s].slice].sum((-2, -1)) for s in sites or known]).sum(0)
 

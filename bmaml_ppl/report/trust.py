@@ -162,7 +162,7 @@ def describe_repetition(trial: Trial) -> Html:
     """The commands."""
     folder = str(trial.run.folder)
     commands = [
-        shlex.join(["bmaml-ppl", "fit", "--config", f"{folder}/settings.yaml"]),
+        shlex.join(["bmaml-ppl", "fit", "--config", f"{folder}/settings.yaml", "--overwrite"]),
         shlex.join(["bmaml-ppl", "report", folder, *_options(trial)]),
     ]
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

@@ -12,7 +12,8 @@ from torch import Tensor
 from bmaml_ppl.diagnostics.curvature import NotConverged, RepairedCurvature
 from bmaml_ppl.inference import laplace, svgd
 from bmaml_ppl.learned import LearnedPrior
-from bmaml_ppl.meta import StoppedEarly, meta_learn
+from bmaml_ppl.loop import StoppedEarly
+from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference, Model
 from tests.toys import line, line_tasks

@@ -212,10 +212,10 @@ def test_a_task_that_is_repaired_in_any_adaptation_counts_once() -> None:
     prior = {"mean": torch.tensor(0.2), "sd": torch.tensor(0.7), "noise": torch.tensor(0.4)}
     rollout = Rollout(bind(level, tasks, laplace(), "prior"), prior, *views_of(tasks, 2))
     (evidence() + evidence("query"))(rollout)
-    assert (len(rollout.states), len(rollout.measured), rollout.num_repaired) == (2, 1, 0)
-    assert rollout.num_unconverged == 0
+    assert (len(rollout.states), len(rollout.measured), int(rollout.repaired.sum())) == (2, 1, 0)
+    assert not rollout.unconverged.any()
     rollout.states[0] = rollout.states[0]._replace(repair=torch.tensor([[0.0], [1.0], [2.0]]))
     rollout.states[1] = rollout.states[1]._replace(repair=torch.tensor([[0.0], [0.0], [2.0]]))
-    assert rollout.num_repaired == 2
+    assert rollout.repaired.sum() == 2
     rollout.measured[0] = rollout.measured[0]._replace(repair=torch.tensor([[0.5], [0.0], [0.0]]))
-    assert rollout.num_repaired == 3
+    assert rollout.repaired.sum() == 3

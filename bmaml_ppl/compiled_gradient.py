@@ -1,0 +1,176 @@
+"""The meta-gradient as machine code: of a short adaptation as a whole, of a long one step by step."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from bmaml_ppl.adaptation import Adapter
+from bmaml_ppl.compile import lower, record_graph, warn_of_failure
+from bmaml_ppl.cuda_graphs import CapturedGradient
+from bmaml_ppl.memory import Memory
+from bmaml_ppl.objectives import Objective, Rollout
+from bmaml_ppl.outer import Constraints, MetaGradient, Views, constrain, count, equal_weights, meta_gradient, weigh
+from bmaml_ppl.types import Tensors
+
+__all__ = ["CompiledGradient", "make_gradient"]
+
+_MOST_NODES = 5000
+"""Operations of an unrolled adaptation with its gradient up to which it is compiled as a whole, in about a minute."""
+
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+
+Gradient = Callable[..., MetaGradient]
+
+
+class CompiledGradient:
+    """`meta_gradient` of an adapter whose mode is "compiled", for each layout of a batch.
+
+    An adaptation of few operations is unrolled with its gradient and compiled as one program. Of others one step is
+    compiled and looped, so that their number may change. What was compiled must give the gradient that the
+    recorded steps give on the first batch; if not, it is put aside with a warning.
+
+    Args:
+        adapter: Inference bound to a density, compiled.
+        objective: Losses of tasks.
+        known: Constraints of the meta-parameters.
+
+    Attributes:
+        how: What the last call ran: "compiled", "compiled as a whole" or "recorded".
+    """
+
+    def __init__(self, adapter: Adapter, objective: Objective, known: Constraints) -> None:
+        self.adapter, self.objective, self.known = adapter, objective, known
+        self.how = "not compiled yet"
+        self._chosen: dict[Any, tuple[str, Gradient]] = {}
+
+    def __call__(self, params: Tensors, views: Views, weights: Tensor | None = None) -> MetaGradient:
+        """See `meta_gradient`."""
+        weights = equal_weights(views) if weights is None else weights
+        leaves, layout = tree_flatten((dict(params), views, weights))
+        key = (layout, tuple(None if x is None else (x.shape, x.dtype, x.device) for x in leaves))
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(params, views, weights)
+        self.how, gradient = self._chosen[key]
+        return gradient(params, views, weights)
+
+    def _choose(self, params: Tensors, views: Views, weights: Tensor) -> tuple[str, Gradient]:
+        """The fastest program that gives the gradient of the recorded steps on this batch."""
+        recorded = replace(self.adapter, mode="recorded")
+        run = self._step_by_step(recorded)
+        with _same_draws(weights):
+            wanted = run(params, views, weights)
+        size = sum(step.num_nodes for step in recorded.steps().values())
+        candidates: list[tuple[str, Callable[[], Gradient]]] = []
+        if size <= _MOST_NODES and self.adapter.memory == Memory():
+            candidates.append(("compiled as a whole", lambda: _compile_whole(self, recorded, params, views, weights)))
+        candidates.append(("compiled", lambda: self._step_by_step(_compile_steps(self.adapter, recorded))))
+        for how, make in candidates:
+            try:
+                program = make()
+                with _same_draws(weights):
+                    found = program(params, views, weights)
+            except Exception as error:
+                # A loop that ends where its numbers say so cannot be unrolled; its steps can be compiled.
+                if how == "compiled":
+                    warn_of_failure(error)
+                continue
+            if (difference := _compare(found, wanted)) <= _TOLERANCE.get(wanted.loss.dtype, 2e-3):
+                return self._capture(how, program, params, views, weights, wanted)
+            warn_of_failure(f"the gradient of what was {how} differs by {difference:.1e}")
+        return "recorded", run
+
+    def _capture(
+        self, how: str, program: Gradient, params: Tensors, views: Views, weights: Tensor, wanted: MetaGradient
+    ) -> tuple[str, Gradient]:
+        """The program as a CUDA graph, where it is on a GPU, can be captured and gives the same."""
+        if weights.device.type != "cuda":
+            return how, program
+        captured = CapturedGradient(program)
+        try:
+            with _same_draws(weights):
+                found = captured(params, views, weights)
+        except Exception as error:  # the program is as good, but for launching its kernels one by one
+            warn_of_failure(error)
+            return how, program
+        if _compare(found, wanted) <= _TOLERANCE.get(wanted.loss.dtype, 2e-3):
+            return f"{how}, in a CUDA graph", captured
+        return how, program
+
+    def _step_by_step(self, adapter: Adapter) -> Gradient:
+        return partial(meta_gradient, adapter, self.objective, self.known)
+
+
+def _compile_steps(adapter: Adapter, recorded: Adapter) -> Adapter:
+    """An adapter that compiles the graphs which another has recorded."""
+    compiled = replace(adapter)
+    steps = recorded.steps()
+    for name, step in compiled.steps().items():
+        step.graphs = steps[name].graphs
+    return compiled
+
+
+def _compile_whole(of: CompiledGradient, recorded: Adapter, params: Tensors, views: Views, weights: Tensor) -> Gradient:
+    """The whole meta-gradient as one compiled program for one layout of a batch."""
+    tracing = _compile_steps(replace(recorded), recorded)
+    for step in tracing.steps().values():
+        step.interpreted = False  # the interpreter hides its operations
+
+    def loss(params: dict[str, Tensor], views: Views, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        rollout = Rollout(tracing, constrain(params, of.known), *views)
+        return weigh(of.objective(rollout), weights), count(rollout, weights)
+
+    leaves, layout = tree_flatten((dict(params), views, weights))
+    names = list(params)
+
+    def flat(*values: Tensor) -> list[Tensor]:
+        given = iter(values)
+        filled = [None if x is None else next(given) for x in leaves]
+        gradients, (value, counts) = grad_and_value(loss, has_aux=True)(*tree_unflatten(filled, layout))
+        return [*(gradients[name] for name in names), value, *counts]
+
+    given = [x.detach().clone() for x in leaves if x is not None]
+    with torch.no_grad():
+        program = lower(record_graph(flat, given), given)
+
+    def run(params: Tensors, views: Views, weights: Tensor) -> MetaGradient:
+        with torch.no_grad():
+            values = [x.contiguous() for x in tree_flatten((dict(params), views, weights))[0] if x is not None]
+            *gradients, value, repaired, unconverged = program(*values)
+        return MetaGradient(dict(zip(names, gradients, strict=True)), value, repaired, unconverged)
+
+    return run
+
+
+def _compare(found: MetaGradient, wanted: MetaGradient) -> float:
+    """Relative difference of two gradients, and of their losses; 0 where the wanted one is not finite."""
+    differences = []
+    for got, want in (
+        (torch.cat([found.gradients[k].flatten() for k in wanted.gradients]), _flatten(wanted)),
+        (found.loss, wanted.loss),
+    ):
+        size = want.norm()
+        if not torch.isfinite(size):
+            return 0.0
+        differences.append(((got - want).norm() / size.clamp_min(torch.finfo(want.dtype).tiny)).item())
+    return max(differences)
+
+
+def _flatten(gradient: MetaGradient) -> Tensor:
+    return torch.cat([value.flatten() for value in gradient.gradients.values()])
+
+
+def _same_draws(like: Tensor) -> Any:
+    return torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else [])
+
+
+def make_gradient(adapter: Adapter, objective: Objective, known: Constraints) -> Gradient:
+    """`meta_gradient` of an adapter in its mode, as a function of parameters, views and weights alone."""
+    if adapter.mode == "compiled":
+        return CompiledGradient(adapter, objective, known)
+    return partial(meta_gradient, adapter, objective, known)

@@ -1,0 +1,179 @@
+"""Compiled meta-gradients: those of the eager loop and of finite differences, compiled once, and never a wrong one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bmaml_ppl import compiled_gradient
+from bmaml_ppl.adaptation import Adapter, seeded
+from bmaml_ppl.compile import CompileFailed, Mode, Recorded, lower
+from bmaml_ppl.compiled_gradient import CompiledGradient, make_gradient
+from bmaml_ppl.inference import laplace, map_estimate, mean_field, platipus, svgd
+from bmaml_ppl.meta import meta_learn
+from bmaml_ppl.objectives import Objective, chaser, elbo, evidence, marginal_nll, platipus_loss, query_nll
+from bmaml_ppl.outer import MetaGradient, Views, meta_gradient
+from bmaml_ppl.types import Inference, Start
+from tests.test_outer import KNOWN
+from tests.toys import bind, finite_differences, level, level_tasks, line, line_tasks, views_of
+
+TASKS = {"level": level_tasks(3, 5), "line": line_tasks(3, 5)}
+MODELS: dict[str, Any] = {"level": level, "line": line}
+MAML = map_estimate(num_particles=2, num_steps=2, step_size=0.05, preconditioner="none", gradient="unrolled")
+
+Case = tuple[str, Inference, Start, Objective, int, str]
+# Model, inference, start, objective, the most operations that are compiled as a whole, what is to run.
+CASES: dict[str, Case] = {
+    "maml": ("line", MAML, "free", query_nll("mean"), 5000, "compiled as a whole"),
+    "chaser": (
+        "line",
+        svgd(num_particles=3, num_steps=2, preconditioner="none", structure="joint", bandwidth=2.0),
+        "free",
+        chaser(2) + query_nll(),
+        0,
+        "compiled",
+    ),
+    "whitened": (
+        "level",
+        svgd(num_particles=4, num_steps=2, bandwidth=1.0),
+        "prior",
+        query_nll(),
+        0,
+        "compiled",
+    ),
+    "marginal": ("level", svgd(num_particles=4, num_steps=2), "prior", marginal_nll(), 0, "compiled"),
+    "laplace": ("level", laplace(num_steps=3), "prior", evidence(), 5000, "compiled"),
+    "mean field": ("level", mean_field(num_particles=2, num_steps=1, noise="fresh"), "prior", elbo(), 0, "compiled"),
+    "platipus": ("level", platipus(num_particles=2, num_steps=1), "prior", platipus_loss(), 0, "compiled"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+def prepare(case: str) -> tuple[Adapter, Objective, dict[str, Tensor], Views]:
+    name, inference, start, objective, _, _ = CASES[case]
+    tasks = TASKS[name]
+    tasks = tasks.to(dtype=torch.float64)
+    adapter = bind(MODELS[name], tasks, inference, start)
+    generator = torch.Generator().manual_seed(0)
+    params = {k: v.double() for k, v in {**adapter.density.prior, **inference.parameters(adapter.density.dim)}.items()}
+    if start == "free":
+        shape = (inference.num_particles, adapter.density.dim)
+        params["particles"] = torch.randn(shape, generator=generator)
+    return replace(adapter, mode="compiled"), objective, params, views_of(tasks, 3)
+
+
+def draw(gradient: Callable[..., MetaGradient], params: dict[str, Tensor], views: Views) -> MetaGradient:
+    with seeded(3, torch.device("cpu")):
+        return gradient(params, views)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_is_eager_and_finite_differences(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    most, how = CASES[case][4:]
+    monkeypatch.setattr(compiled_gradient, "_MOST_NODES", most)
+    adapter, objective, params, views = prepare(case)
+    compiled = make_gradient(adapter, objective, KNOWN)
+    assert isinstance(compiled, CompiledGradient)
+    eager = make_gradient(replace(adapter, mode="eager"), objective, KNOWN)
+    found, wanted = draw(compiled, params, views), draw(eager, params, views)
+    assert compiled.how == how
+    torch.testing.assert_close(found._asdict(), wanted._asdict(), rtol=1e-8, atol=1e-10)
+    if case == "marginal":  # by Fisher's identity its gradient is not that of its value
+        return
+    for name, value in params.items():
+
+        def loss(moved: Tensor, name: str = name) -> Tensor:
+            return draw(eager, {**params, name: moved}, views).loss
+
+        torch.testing.assert_close(found.gradients[name], finite_differences(loss, value), rtol=2e-5, atol=2e-6)
+
+
+def test_neither_more_steps_nor_other_numbers_compile_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def spy(graph: Any, given: list[Tensor]) -> Any:
+        calls.append(len(given))
+        return lower(graph, given)
+
+    monkeypatch.setattr("bmaml_ppl.compile.lower", spy)
+    adapter, _, params, views = prepare("chaser")
+    with torch.no_grad():
+        for steps in (2, 3, 7):
+            moved = {name: value + steps for name, value in params.items()}
+            found = adapter.adapt(moved, views[0], steps).particles
+            eager = replace(adapter, mode="eager").adapt(moved, views[0], steps).particles
+            torch.testing.assert_close(found, eager, rtol=1e-9, atol=1e-9)
+    assert len(calls) == 2  # the first step, whose start tasks share, and every other
+
+
+def broken(graph: Any, given: list[Tensor]) -> Any:
+    raise RuntimeError("no C++ compiler\nand more")
+
+
+def test_what_cannot_be_compiled_runs_as_recorded_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmaml_ppl.compile.lower", broken)
+    monkeypatch.setattr(compiled_gradient, "lower", broken)
+    adapter, objective, params, views = prepare("chaser")
+    compiled = CompiledGradient(adapter, objective, KNOWN)
+    with pytest.warns(CompileFailed, match="runs slower, as it was recorded.*no C\\+\\+ compiler") as caught:
+        found = draw(compiled, params, views)
+    assert len(caught) == 1
+    assert compiled.how == "recorded"
+    wanted = draw(make_gradient(replace(adapter, mode="eager"), objective, KNOWN), params, views)
+    torch.testing.assert_close(found._asdict(), wanted._asdict())
+
+
+def off(graph: Any, given: list[Tensor]) -> Any:
+    def run(*values: Tensor) -> list[Tensor]:
+        return [1.01 * value if value.is_floating_point() else value for value in graph(*values)]
+
+    return run
+
+
+@pytest.mark.parametrize("most", [0, 5000], ids=["by steps", "whole"])
+def test_a_wrong_gradient_is_never_used(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmaml_ppl.compile.lower", off)
+    monkeypatch.setattr(compiled_gradient, "lower", off)
+    monkeypatch.setattr(compiled_gradient, "_MOST_NODES", most)
+    adapter, objective, params, views = prepare("maml")
+    compiled = CompiledGradient(adapter, objective, KNOWN)
+    with pytest.warns(CompileFailed, match="the gradient of what was compiled.* differs by 1.*e-02"):
+        found = draw(compiled, params, views)
+    assert compiled.how == "recorded"
+    wanted = meta_gradient(replace(adapter, mode="eager"), objective, KNOWN, params, views)
+    torch.testing.assert_close(found._asdict(), wanted._asdict())
+
+
+def test_compiled_draws_are_those_of_the_recording() -> None:
+    def step(x: Tensor) -> list[Tensor]:
+        return [x + torch.randn(3), torch.rand(2) * x[:2]]
+
+    x = torch.arange(3.0)
+    results = []
+    modes: tuple[Mode, ...] = ("recorded", "compiled")
+    for mode in modes:
+        function = Recorded(step, mode)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            results.append([*function(x), *function(x)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not torch.equal(results[1][0], results[1][2])
+
+
+def test_meta_learning_compiled_is_meta_learning(capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = level_tasks(8, 6)
+    inference = svgd(num_particles=3, num_steps=2, bandwidth=1.0)
+    priors = [
+        meta_learn(level, tasks, num_support=3, inference=inference, num_steps=4, compile=compile, progress=compile)
+        for compile in (True, False)
+    ]
+    for name, value in priors[0].params.items():
+        torch.testing.assert_close(value, priors[1].params[name], rtol=1e-6, atol=1e-6)
+    assert "compiling, once" in capsys.readouterr().err

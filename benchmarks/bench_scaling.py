@@ -22,6 +22,7 @@ from benchmarks.frame import Row, describe, interleave, make_parser, write
 from benchmarks.paper_job import SEED, SIZES, Job
 from bmaml_ppl.compile import Mode
 from bmaml_ppl.inference.kernels import BANDWIDTHS, KERNELS, stein_direction
+from bmaml_ppl.plots.style import BLUE, ORANGE
 
 matplotlib.use("Agg")
 
@@ -53,7 +54,7 @@ SWEEPS: Mapping[str, Sweep] = {
     "M": Sweep("particles (T = 2)", "particles M", 2, (5, 10, 20, 40, 80, 160), lambda m: Job(2, num_particles=m)),
     "kernel": Sweep("kernel term alone (D = 3403)", "particles M", 2, (10, 20, 40, 80, 160, 320), None),
     "N": Sweep(
-        "observations (T = 2)", "support points K", 1, (10, 20, 40, 80, 160, 320), lambda n: Job(2, num_support=n)
+        "observations (T = 2)", "support points K", 1, (20, 40, 80, 160, 320, 640), lambda n: Job(2, num_support=n)
     ),
     "D": Sweep(
         "latents (T = 2)",
@@ -80,7 +81,7 @@ def sweep(name: str, rounds: int, quick: bool, mode: Mode) -> Row:
     runs = {str(v): kernel_term(v) if what.job is None else what.job(v).ours(mode) for v in values}
     for run in runs.values():
         run()  # records
-    times = interleave(runs, rounds, warm=False)
+    times = interleave(runs, rounds, repeats=1 if what.job else 20, warm=what.job is None)
     at = [_count_latents(v) for v in values] if name == "D" else list(values)
     row: Row = {"sweep": name, "values": at, "ms": [statistics.median(times[str(v)]) for v in values]}
     row |= {"exponent": fit(at, row["ms"])[0], "asked": what.limit}
@@ -98,27 +99,34 @@ def fit(values: Sequence[int], ms: Sequence[float]) -> tuple[float, float]:
 
 
 def draw(rows: Sequence[Row], about: Row, path: Path) -> None:
-    """All sweeps, time against size on logarithmic axes, and the fitted line."""
+    """All sweeps, time against size on logarithmic axes, and the fitted lines."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
     figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     for row, ax in zip(rows, axes.flat, strict=True):
         what, (slope, intercept) = SWEEPS[row["sweep"]], fit(row["values"], row["ms"])
         upper = row["values"][len(row["values"]) // 2 :]
-        ax.loglog(row["values"], row["ms"], "o", color="#0072B2", label="measured")
-        label = f"fitted exponent {slope:.2f} (asked: at most {what.limit})"
-        ax.loglog(upper, [exp(intercept + slope * log(v)) for v in upper], "-", color="#D55E00", label=label)
+        ax.loglog(row["values"], row["ms"], "o", color=BLUE, label="measured, median")
+        ax.loglog(upper, [exp(intercept + slope * log(v)) for v in upper], color=ORANGE, label="line fitted to them")
         ax.set(title=what.title, xlabel=what.label, ylabel="time (ms)", xticks=row["values"])
-        ax.xaxis.set_major_formatter(plain)
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(plain)
-        ax.set_ylim(min(row["ms"]) / 2, max(row["ms"]) * 4)
-        ax.legend(frameon=False, fontsize="small", loc="upper left")
+        ax.set_ylim(min(row["ms"]) / 1.5, max(row["ms"]) * 2)
+        ax.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if value < 1000 else f"{value / 1000:.3g}k")
+        )
+        ax.xaxis.set_minor_locator(NullLocator())
+        for axis_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            axis_format(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        label = f"exponent {slope:.2f}\nasked: at most {what.limit}"
+        ax.text(0.04, 0.96, label, transform=ax.transAxes, va="top", color=ORANGE)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Cost of one meta-gradient, {about['torch_threads']} threads, medians of {about['rounds']} rounds")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    threads = about["torch_threads"]
+    figure.suptitle(
+        f"Cost of one meta-gradient; {threads} thread{'s' * (threads > 1)}, {about['rounds']} interleaved rounds"
+    )
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def make_options() -> argparse.Namespace:

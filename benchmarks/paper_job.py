@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -13,14 +13,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmaml_ppl.adaptation import Adapter
 from bmaml_ppl.compile import Mode
-from bmaml_ppl.compiled_gradient import CompiledGradient
+from bmaml_ppl.compiled_gradient import make_gradient
 from bmaml_ppl.datasets.sinusoid import sinusoid
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.inference import svgd
 from bmaml_ppl.memory import Memory
 from bmaml_ppl.models.regression import hierarchical_regression
 from bmaml_ppl.objectives import Objective, chaser
-from bmaml_ppl.outer import Views, episode_views, meta_gradient
+from bmaml_ppl.outer import Views, episode_views
 
 __all__ = ["SEED", "SIZES", "STEP_SIZE", "Job", "Ours"]
 
@@ -43,8 +43,7 @@ class Ours:
     def __init__(
         self, adapter: Adapter, objective: Objective, particles: Tensor, views: Views, scale: float = 1.0
     ) -> None:
-        self.compiled = CompiledGradient(adapter, objective, {}) if adapter.mode == "compiled" else None
-        self.gradient = self.compiled or partial(meta_gradient, adapter, objective, {})
+        self.gradient = make_gradient(adapter, objective, {})
         self.params, self.views, self.scale = {"particles": particles}, views, scale
 
     def __call__(self) -> Tensor:
@@ -53,7 +52,7 @@ class Ours:
     @property
     def how(self) -> str | None:
         """What the compiled mode chose."""
-        return self.compiled.how if self.compiled else None
+        return getattr(self.gradient, "how", None)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The meta-gradient as machine code: of a short adaptation as a whole, of a long one step by step."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from torch.func import grad_and_value
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bmaml_ppl.adaptation import Adapter
-from bmaml_ppl.compile import lower, record_graph, warn_of_failure
+from bmaml_ppl.compile import CompileFailed, lower, record_graph, warn_of_failure
 from bmaml_ppl.cuda_graphs import CapturedGradient
 from bmaml_ppl.memory import Memory
 from bmaml_ppl.objectives import Objective, Rollout
@@ -72,8 +73,9 @@ class CompiledGradient:
         candidates.append(("compiled", lambda: self._step_by_step(_compile_steps(self.adapter, recorded))))
         for how, make in candidates:
             try:
-                program = make()
-                with _same_draws(weights):
+                with _same_draws(weights), warnings.catch_warnings():
+                    warnings.simplefilter("error", CompileFailed)
+                    program = make()
                     found = program(params, views, weights)
             except Exception as error:
                 # A loop that ends where its numbers say so cannot be unrolled; its steps can be compiled.

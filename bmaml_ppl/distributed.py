@@ -74,32 +74,40 @@ class World:
             views: Support, query and everything of the whole batch.
 
         Raises:
-            ElsewhereError: If another process is gone.
+            ElsewhereError: If another process failed or is gone.
         """
         if self.size == 1:
             return gradient(params, views)
         weights = equal_weights(views)
-        rows = self.share(len(weights))
+        rows, none = self.share(len(weights)), weights.new_zeros(())
+        found = MetaGradient({k: torch.zeros_like(v) for k, v in params.items()}, none, none.long(), none.long())
+        failure: Exception | None = None
         if rows.start < rows.stop:
             support, query, everything = (_take(view, rows) for view in views)
-            found = gradient(params, (support, query, everything), weights[rows])
-        else:
-            none = weights.new_zeros(())
-            found = MetaGradient({k: torch.zeros_like(v) for k, v in params.items()}, none, none.long(), none.long())
-        return self._join(found)
+            try:
+                found = gradient(params, (support, query, everything), weights[rows])
+            except Exception as error:  # raised below, once the others have heard of it
+                failure = error
+        joined, failed = self._join(found, failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise ElsewhereError("another process failed; its message says why")
+        return joined
 
-    def _join(self, found: MetaGradient) -> MetaGradient:
+    def _join(self, found: MetaGradient, failed: bool) -> tuple[MetaGradient, bool]:
         numbers = (found.loss, found.num_repaired, found.num_unconverged)
-        asked = torch.tensor([float(self.held.pending == s) for s in _STOPS], device=found.loss.device)
+        flags = [failed, *(self.held.pending == number for number in _STOPS)]
+        told = torch.tensor(flags, dtype=torch.float32, device=found.loss.device)
         # Counts are whole in float32 up to 16 million, but not in the half precisions.
         kind = torch.promote_types(found.loss.dtype, torch.float32)
-        parts = [*found.gradients.values(), *numbers, asked]
+        parts = [*found.gradients.values(), *numbers, told]
         total = self._sum(torch.cat([part.detach().reshape(-1).to(kind) for part in parts]))
         pieces = total.split([part.numel() for part in parts])
-        heard = [number for number, count in zip(_STOPS, pieces[-1].tolist(), strict=True) if count]
-        self._agreed = heard[-1] if heard else None
+        any_failed, *asked = pieces[-1].tolist()
+        self._agreed = next((number for number, count in zip(_STOPS, asked, strict=True) if count), None)
         shaped = [piece.view_as(part).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
-        return MetaGradient(dict(zip(found.gradients, shaped, strict=False)), *shaped[-4:-1])
+        return MetaGradient(dict(zip(found.gradients, shaped, strict=False)), *shaped[-4:-1]), bool(any_failed)
 
     @property
     def stopping(self) -> bool:
@@ -196,6 +204,15 @@ class World:
             raise ElsewhereError("process 0 failed; its message says why")
         return bool(told[1])
 
+    def warn_of_idle(self, num_tasks: int) -> None:
+        """Speaks up where a batch has fewer tasks than there are processes."""
+        if num_tasks < self.size:
+            warnings.warn(
+                f"a batch of {num_tasks} tasks leaves {self.size - num_tasks} of {self.size} processes idle; write a "
+                "larger batch_size, or start fewer",
+                stacklevel=3,
+            )
+
     @contextmanager
     def one_voice(self) -> Iterator[None]:
         """Lets only the process that writes warn."""
@@ -228,7 +245,7 @@ def join_world(device: torch.device | str = "cpu") -> tuple[World, torch.device]
         The world, and where this process computes.
 
     Raises:
-        ValueError: If there are fewer GPUs than processes on this machine.
+        ValueError: If there are fewer GPUs than processes on this machine, or the group cannot serve the device.
     """
     device = torch.device(device)
     if not dist.is_available():
@@ -242,12 +259,18 @@ def join_world(device: torch.device | str = "cpu") -> tuple[World, torch.device]
     if device.type == "cuda":
         device = _own_gpu(device)
         torch.cuda.set_device(device)
+    elif dist.get_backend() == "nccl":
+        raise ValueError(
+            f"device={str(device)!r}, but the process group was initialised for GPUs alone; write "
+            'init_process_group("cpu:gloo,cuda:nccl")'
+        )
     return World(dist.get_rank(), dist.get_world_size(), device), device
 
 
 def _is_launched() -> bool:
     """Whether torchrun, or a launcher like it, started this process, and not a process that it started."""
-    return all(name in os.environ for name in _LAUNCHED) and multiprocessing.parent_process() is None
+    several = all(name in os.environ for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
+    return several and multiprocessing.parent_process() is None
 
 
 def _own_gpu(device: torch.device) -> torch.device:

@@ -70,8 +70,8 @@ class Schedule(NamedTuple):
 
     @property
     def settings(self) -> dict[str, float | bool]:
-        """Its numbers, and whether the optimiser is the default one, whose rates follow a cosine to zero."""
-        numbers = {k: v for k, v in self._asdict().items() if k != "optimizer"}
+        """Numbers that decide the result, and whether the optimiser is the default, whose rates fall on a cosine."""
+        numbers = {k: v for k, v in self._asdict().items() if k not in ("optimizer", "chunk_size")}
         return {**numbers, "cosine decay": self.optimizer is None}
 
 

@@ -97,7 +97,7 @@ class MemoryProbe:
     """Runs a meta-step of one and two tasks and a few steps, and tells from it what a larger one needs.
 
     Peak memory is linear in the tasks, and in the steps' graphs and states that a memory mode keeps. Steps run eagerly
-    here; recording one of them holds its graph once more.
+    here; recording one of them holds its results twice more.
 
     Args:
         adapter: Inference bound to a density.
@@ -152,7 +152,7 @@ class MemoryProbe:
         step, particles = num_tasks * self.step, num_tasks * self.state
         live += step * (has.graphs - had.graphs) + particles * (has.states - had.states)
         if self.adapter.mode != "eager":
-            live += step
+            live += 2 * step  # that of the recording, and of the trace for TorchScript's interpreter
         graph = step * has.graphs + particles * has.states
         live = max(live, particles) + 2 * self.all_params  # the optimiser's moments
         graph = min(graph, live - particles)

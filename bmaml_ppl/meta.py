@@ -83,7 +83,7 @@ def meta_learn(
         chunk_size: Tasks differentiated together; fewer need less memory and give the same gradient. None is all.
         precision: "float32" leaves tasks as they are; "float64" casts them and all that is learned; "bf16" takes the
             products of matrices within the model in bfloat16, "tf32" all of them in TF32 on an NVIDIA GPU, both for
-            large networks: meta-gradients then have two or three digits.
+            large networks: meta-gradients then have one or two digits, and bf16 runs are recorded, not compiled.
         progress: Whether to show a progress bar.
         seed: Seed of batches, starts and draws; the same seed gives the same prior, bit for bit on CPU.
         start: A learned prior of the same model to go on from, with its standardisation.
@@ -119,17 +119,22 @@ def meta_learn(
     tasks, dtype = _with_units_of(start, tasks.to(where)), dtype_of(precision)
     with world.one_voice():
         _warn_of_units(tasks)
+        world.warn_of_idle(min(batch_size, len(tasks)))
     learned = _prepare(model, tasks, inference or svgd(), num_support, seed, start, dtype).to(dtype=dtype)
     tasks = tasks.to(dtype=dtype)
     check_precision(precision, learned.inference, learned.density.dim, where, learned.like.dtype)
     mode = choose_mode(compile, num_steps, learned.inference.num_steps)
+    if precision == "bf16" and mode == "compiled":
+        mode = "recorded"  # compilers round elsewhere, by which the gradient changes too much to be checked
     density = reduce_matmuls(learned.density, precision)
     adapter = Adapter(density, learned.inference, learned.start, first_order, mode, memory)
     objective = _choose_objective(objective, learned.inference, learned.start)
     schedule = Schedule(num_steps, batch_size, optimizer, max_grad_norm, chunk_size)
     checkpoints = None
     if checkpoint_dir or world.size > 1:
-        given = {"first_order": first_order, "memory": str(memory), "precision": precision, **schedule.settings}
+        # A run that ran out of memory may go on in another mode: all but truncation give the same gradient.
+        kept = str(memory) if str(memory).startswith("truncated") else "exact"
+        given = {"first_order": first_order, "memory": kept, "precision": precision, **schedule.settings}
         run = describe_run(learned, tasks, objective, from_start=start is not None, **given)
         world.require_same(run)
         if checkpoint_dir:

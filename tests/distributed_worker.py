@@ -13,11 +13,11 @@ import torch
 
 from bmaml_ppl import meta_learn
 from bmaml_ppl.adaptation import seeded
-from bmaml_ppl.distributed import World, join_world
+from bmaml_ppl.distributed import ElsewhereError, World, join_world
 from bmaml_ppl.inference import hmc, laplace, map_estimate, mean_field, platipus, svgd
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.loop import MetaStep
-from bmaml_ppl.objectives import chaser, evidence, marginal_nll, query_nll
+from bmaml_ppl.objectives import Objective, Rollout, chaser, evidence, marginal_nll, query_nll
 from bmaml_ppl.outer import MetaGradient, meta_gradient, unconstrain
 from bmaml_ppl.runs import fit_prior
 from bmaml_ppl.settings import resolve
@@ -112,11 +112,17 @@ def break_last_task(world: World) -> dict[str, Any]:
     return describe(prior)
 
 
+def _fail_last(rollout: Rollout) -> torch.Tensor:
+    if os.environ["RANK"] == "1":
+        raise ValueError("process 1 cannot")
+    return marginal_nll().terms[0][2](rollout)
+
+
 def refuse(**given: Any) -> str:
-    """What is said where processes were given different arguments."""
+    """What is said where processes cannot learn together."""
     try:
         learn(**given)
-    except ValueError as error:
+    except (ValueError, ElsewhereError) as error:
         return str(error)
     return "nothing"
 
@@ -132,6 +138,7 @@ def run_two(world: World, folder: Path) -> dict[str, Any]:
     found["interrupted"] = stop_by(world, signal.SIGINT)
     found["terminated"] = stop_by(world, signal.SIGTERM)
     found["broken"] = break_last_task(world)
+    found["failed"] = refuse(objective=Objective(((1.0, "fails", _fail_last),)))
     found["refused"] = refuse(seed=world.rank, batch_size=4 - world.rank)
     settings = {**FIT, "model": f"{folder}/model.py:line", "data": f"{folder}/pigs.csv", "out": f"{folder}/whole"}
     found["fit"] = [str(part) for part in fit_prior(resolve(settings), progress=False)]

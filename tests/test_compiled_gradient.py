@@ -32,22 +32,29 @@ CASES: dict[str, Case] = {
         "line",
         svgd(num_particles=3, num_steps=2, preconditioner="none", structure="joint", bandwidth=2.0),
         "free",
-        chaser(2) + query_nll(),
+        chaser(2),
         0,
         "compiled",
     ),
-    "whitened": (
+    "whitened": ("level", svgd(num_particles=4, num_steps=1), "prior", query_nll(), 5000, "compiled as a whole"),
+    "marginal": ("level", svgd(num_particles=4, num_steps=1), "prior", marginal_nll(), 0, "compiled"),
+    "laplace": ("level", laplace(num_steps=1, gradient="unrolled"), "prior", evidence(), 9000, "compiled as a whole"),
+    "mean field": (
         "level",
-        svgd(num_particles=4, num_steps=2, bandwidth=1.0),
+        mean_field(num_particles=2, num_steps=1, noise="fresh"),
         "prior",
-        query_nll(),
-        0,
-        "compiled",
+        elbo(),
+        5000,
+        "compiled as a whole",
     ),
-    "marginal": ("level", svgd(num_particles=4, num_steps=2), "prior", marginal_nll(), 0, "compiled"),
-    "laplace": ("level", laplace(num_steps=3), "prior", evidence(), 5000, "compiled"),
-    "mean field": ("level", mean_field(num_particles=2, num_steps=1, noise="fresh"), "prior", elbo(), 0, "compiled"),
-    "platipus": ("level", platipus(num_particles=2, num_steps=1), "prior", platipus_loss(), 0, "compiled"),
+    "platipus": (
+        "level",
+        platipus(num_particles=2, num_steps=1),
+        "prior",
+        platipus_loss(),
+        5000,
+        "compiled as a whole",
+    ),
 }
 
 
@@ -85,7 +92,7 @@ def test_compiled_is_eager_and_finite_differences(case: str, monkeypatch: pytest
     found, wanted = draw(compiled, params, views), draw(eager, params, views)
     assert compiled.how == how
     torch.testing.assert_close(found._asdict(), wanted._asdict(), rtol=1e-8, atol=1e-10)
-    if case == "marginal":  # by Fisher's identity its gradient is not that of its value
+    if case in ("marginal", "chaser"):  # Fisher's identity, and a leader that is held fixed: no gradient of the value
         return
     for name, value in params.items():
 
@@ -144,7 +151,7 @@ def test_a_wrong_gradient_is_never_used(most: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compiled_gradient, "_MOST_NODES", most)
     adapter, objective, params, views = prepare("maml")
     compiled = CompiledGradient(adapter, objective, KNOWN)
-    with pytest.warns(CompileFailed, match="the gradient of what was compiled.* differs by 1.*e-02"):
+    with pytest.warns(CompileFailed, match="the gradient of what was compiled.* differs by [0-9.]+e-02"):
         found = draw(compiled, params, views)
     assert compiled.how == "recorded"
     wanted = meta_gradient(replace(adapter, mode="eager"), objective, KNOWN, params, views)

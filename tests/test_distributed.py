@@ -112,7 +112,8 @@ def test_two_processes_find_the_gradient_of_one(two: tuple[Path, list[Found]], n
 
 def test_all_processes_hold_the_same_bits(two: tuple[Path, list[Found]], three: list[Found]) -> None:
     for first, *others in (two[1], three):
-        assert all(other == first for other in others)
+        for name in first.keys() - {"failed"}:
+            assert all(other[name] == first[name] for other in others)
 
 
 @pytest.mark.parametrize(("name", "given"), [("learned", {}), ("masked", {"batch_size": 3, "num_steps": 20})])
@@ -143,6 +144,19 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(two: tuple[Path, lis
     reasons = [found["broken"]["stopped"] for found in two[1]]
     assert reasons[0] == reasons[1]
     assert "at meta-step" in reasons[0]
+
+
+def test_an_error_in_one_process_stops_all(two: tuple[Path, list[Found]]) -> None:
+    assert [found["failed"] for found in two[1]] == [
+        "another process failed; its message says why",
+        "process 1 cannot",
+    ]
+
+
+def test_idle_processes_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="a batch of 2 tasks leaves 1 of 3 processes idle"):
+        World(0, 3).warn_of_idle(2)
+    World(0, 3).warn_of_idle(3)
 
 
 def test_processes_that_were_given_different_arguments_are_told(two: tuple[Path, list[Found]]) -> None:

@@ -24,6 +24,7 @@ from bmaml_ppl import LearnedPrior, Tasks, load_prior, meta_learn
 from bmaml_ppl.checkpoints import CheckpointWarning
 from bmaml_ppl.inference import laplace, map_estimate, svgd
 from bmaml_ppl.loop import MetaStep, StoppedEarly
+from bmaml_ppl.memory import checkpointed, truncated
 from bmaml_ppl.objectives import Objective, Rollout, chaser, query_nll
 from bmaml_ppl.signals import HeldSignals
 from tests.toys import level, level_tasks, line, line_tasks
@@ -207,6 +208,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "inference": ({"inference": svgd(num_particles=4, num_steps=2)}, "inference.config.num_particles: was 3, is 4"),
     "objective": ({"objective": query_nll()}, r"objective: was 'marginal_nll', is 'query_nll\(mixture\)'"),
     "optimizer": ({"optimizer": torch.optim.SGD}, "optimizer.class: was 'Adam', is 'SGD'"),
+    "memory": ({"memory": truncated(1)}, r"memory: was 'exact', is 'truncated\(1"),
+    "precision": ({"precision": "float64"}, "precision: was 'float32', is 'float64'"),
     "data": ({"tasks": level_tasks(12, 6, seed=1)}, r"tasks.column.y: was 'float32 \(12, 6\) with SHA-256"),
     "units": ({"tasks": level_tasks(12, 6).standardize()}, "tasks.standardised.loc.y: was not there"),
     "model": ({"model": line, "tasks": line_tasks(12, 6)}, "sites.coef.shape: was not there"),
@@ -241,6 +244,15 @@ def test_a_model_with_other_numbers_is_another(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="initial value.mean: was"):
         learn(make(0.5, 0.1))
     learn(make(0.5, 0.0))
+
+
+def test_how_it_is_computed_may_change(tmp_path: Path) -> None:
+    """A run that ran out of memory goes on in smaller parts."""
+    learn = partial(learn_level, num_steps=5, objective=query_nll())
+    stop(learn, tmp_path, 3)
+    found = learn(checkpoint_dir=tmp_path, memory=checkpointed(), chunk_size=2, checkpoint_every=1)
+    for name, value in learn().params.items():
+        torch.testing.assert_close(found.params[name], value)
 
 
 def test_a_run_without_a_falling_rate_may_be_made_longer(tmp_path: Path) -> None:

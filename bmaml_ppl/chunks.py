@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import TaskData
+from bmaml_ppl.adaptation import take_tasks
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.outer import MetaGradient, Views, equal_weights
 from bmaml_ppl.types import Tensors
@@ -66,11 +66,7 @@ def _part(views: Views, weights: Tensor, first: int, size: int) -> tuple[Views, 
     there = index < len(weights)
     index = index.clamp_max(len(weights) - 1)
 
-    def take(view: TaskData) -> TaskData:
-        mask = None if view.mask is None else view.mask[index]
-        return TaskData({name: value[index] for name, value in view.data.items()}, mask)
-
-    support, query, everything = (take(view) for view in views)
+    support, query, everything = (take_tasks(view, index) for view in views)
     return (support, query, everything), torch.where(there, weights[index], 0.0)
 
 

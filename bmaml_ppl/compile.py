@@ -25,7 +25,7 @@ Mode = Literal["eager", "recorded", "compiled"]
 _WORTH_RECORDING = 20
 """Meta-steps from which recording (about as long as ten eager ones) earns its time back."""
 
-_WORTH_COMPILING = 10_000
+_WORTH_COMPILING = 20_000
 """Adaptation steps of a batch from which compilation earns its time back: it takes as long as some thousand recorded
 steps the first time, and a tenth of that once the machine has compiled the same before."""
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bmaml_ppl.adaptation import TaskData
+from bmaml_ppl.adaptation import take_tasks
 from bmaml_ppl.outer import MetaGradient, Views, equal_weights
 from bmaml_ppl.run_settings import Settings, compare_settings
 from bmaml_ppl.signals import HeldSignals
@@ -83,7 +83,7 @@ class World:
         found = MetaGradient({k: torch.zeros_like(v) for k, v in params.items()}, none, none.long(), none.long())
         failure: Exception | None = None
         if rows.start < rows.stop:
-            support, query, everything = (_take(view, rows) for view in views)
+            support, query, everything = (take_tasks(view, rows) for view in views)
             try:
                 found = gradient(params, (support, query, everything), weights[rows])
             except Exception as error:  # raised below, once the others have heard of it
@@ -293,11 +293,6 @@ def _leave() -> None:
 def num_restarts() -> int:
     """How often torchrun has started this run again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def _take(view: TaskData, rows: slice) -> TaskData:
-    mask = None if view.mask is None else view.mask[rows]
-    return TaskData({name: value[rows] for name, value in view.data.items()}, mask)
 
 
 def _digest(params: Tensors) -> int:

@@ -1,7 +1,7 @@
 """The meta-learned prior: what the outer loop returns, and what adapts to new tasks."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,8 @@ class LearnedPrior:
         states = []
         for restart in range(num_restarts):
             runs = zip(adapters, parts, strict=True)
-            found = [self.run(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs]
-            states.append(tree_map(lambda *parts: torch.cat(parts)[: len(given)], *found))
+            found = (self.run(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs)
+            states.append(_join(found, len(given)))
             _check_finite(states[-1].particles, given)
             check_measured(states[-1], self.density.sites, given.names, must_converge=adapter.inference.implicit)
         return Posterior(self, adapter.inference, states[0], given, single, seed, tuple(states[1:]))
@@ -360,6 +360,18 @@ def choose_chunk_size(adapter: Adapter, batch: TaskData) -> int:
     measured = 0 if adapter.inference.measure is None else dim * (min(dim, 128) + 8 * rows)
     floats = num * (dim * (min(dim, 32) + num) + 64 * rows * min(dim, 32) + measured)
     return max(1, _CHUNK_BYTES // (8 * floats))
+
+
+def _join(states: Iterable[Any], num_tasks: int) -> Any:
+    """One state of all tasks from states of some each, so that no more than one of these is kept beside it."""
+    joined, first = None, 0
+    for state in states:
+        if joined is None:
+            joined = tree_map(lambda x: x.new_empty((num_tasks, *x.shape[1:])), state)
+        size = len(state.particles)
+        tree_map(lambda whole, x, at=first: whole[at : at + len(x)].copy_(x[: num_tasks - at]), joined, state)
+        first += size
+    return joined
 
 
 def _check_finite(particles: Tensor, tasks: Tasks) -> None:

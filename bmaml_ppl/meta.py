@@ -76,8 +76,11 @@ def meta_learn(
         max_grad_norm: Meta-gradients longer than this are shortened to it.
         first_order: Stop gradients at the scores (first-order MAML).
         device: Where to compute; "auto" is CUDA where there is one.
-        compile: Whether to record an adaptation step as a graph of tensor operations, which runs several times
-            faster than Pyro's handlers and takes a second or two to make; "auto" records runs of 20 steps or more.
+        compile: True compiles the meta-gradient to machine code, which takes half a minute or so the first time and
+            a few seconds once the machine has compiled the same before; what was compiled is checked against what was
+            not, on the first batch. "auto" compiles runs of at least 20,000 adaptation steps (`num_steps` times those
+            of the inference), and records shorter ones, from 20 meta-steps, as graphs of tensor operations: a second
+            or two, and several times faster than Pyro's handlers. False does neither.
         memory: What an unrolled adaptation keeps for the outer gradient: `full()`, `checkpointed()` or
             `truncated(k)` of `bmaml_ppl.memory`, where a table says when to take which.
         chunk_size: Tasks differentiated together; fewer need less memory and give the same gradient. None is all.

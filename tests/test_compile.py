@@ -45,8 +45,9 @@ def test_what_cannot_be_recorded_runs_eagerly_after_a_warning() -> None:
     [
         ("auto", 10, 10, "eager"),
         ("auto", 100, 10, "recorded"),
-        ("auto", 10_000, 0, "compiled"),
-        ("auto", 1000, 10, "compiled"),
+        ("auto", 20_000, 0, "compiled"),
+        ("auto", 2000, 10, "compiled"),
+        ("auto", 1000, 10, "recorded"),
         (True, 1, 1, "compiled"),
         (False, 9999, 9, "eager"),
     ],

@@ -188,10 +188,11 @@ def warn_of_failure(error: Exception | str) -> None:
         warnings.warn(error, stacklevel=3)
         return
     lines = str(error).strip().splitlines() or [""]
-    why = lines[0] if isinstance(error, str) else f"{type(error).__name__}: {lines[0]}"
+    needs = "Compilation needs a C++ compiler (g++ or clang), and Triton on a GPU. "
+    why = f"{lines[0]}. " if isinstance(error, str) else f"{type(error).__name__}: {lines[0]}. {needs}"
     warnings.warn(
-        f"what was to be compiled runs slower, as it was recorded: {why}. Compilation needs a C++ compiler (g++ or "
-        "clang), and Triton on a GPU; write compile=False to silence this",
+        f"what was to be compiled runs slower, as it was recorded: {why}To silence this, write "
+        'warnings.filterwarnings("ignore", category=bmaml_ppl.compile.CompileFailed)',
         CompileFailed,
         stacklevel=2,
     )

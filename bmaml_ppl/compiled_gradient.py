@@ -1,7 +1,7 @@
 """The meta-gradient as machine code: of a short adaptation as a whole, of a long one step by step."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bmaml_ppl.adaptation import Adapter
-from bmaml_ppl.compile import CompileFailed, lower, record_graph, warn_of_failure
+from bmaml_ppl.adaptation import Adapter, take_tasks
+from bmaml_ppl.compile import CompileFailed, Mode, lower, record_graph, warn_of_failure
 from bmaml_ppl.cuda_graphs import CapturedGradient
 from bmaml_ppl.memory import Memory
 from bmaml_ppl.objectives import Objective, Rollout
@@ -151,28 +151,81 @@ def _compile_whole(of: CompiledGradient, recorded: Adapter, params: Tensors, vie
 
 def _compare(found: MetaGradient, wanted: MetaGradient) -> float:
     """Relative difference of two gradients, and of their losses; 0 where the wanted one is not finite."""
-    differences = []
-    for got, want in (
-        (torch.cat([found.gradients[k].flatten() for k in wanted.gradients]), _flatten(wanted)),
-        (found.loss, wanted.loss),
-    ):
-        size = want.norm()
-        if not torch.isfinite(size):
-            return 0.0
-        differences.append(((got - want).norm() / size.clamp_min(torch.finfo(want.dtype).tiny)).item())
-    return max(differences)
+    if not torch.isfinite(wanted.loss):
+        return 0.0
+    loss = ((found.loss - wanted.loss).abs() / wanted.loss.abs().clamp_min(1.0)).item()
+    names = list(wanted.gradients)
+    return max(loss, _differ([found.gradients[k] for k in names], [wanted.gradients[k] for k in names]))
 
 
-def _flatten(gradient: MetaGradient) -> Tensor:
-    return torch.cat([value.flatten() for value in gradient.gradients.values()])
+def _differ(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Norm of the difference over that of what is wanted; 0 where that is not finite."""
+    got, want = (torch.cat([value.flatten() for value in values]) for values in (found, wanted))
+    size = want.norm()
+    if not torch.isfinite(size):
+        return 0.0
+    return ((got - want).norm() / size.clamp_min(torch.finfo(want.dtype).eps ** 0.5)).item()
 
 
 def _same_draws(like: Tensor) -> Any:
     return torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else [])
 
 
+class _Verified:
+    """`meta_gradient` in a mode other than eager, once the recorded density is found to have the model's gradients.
+
+    A recording holds what is computed, not how it is to be differentiated: a model with `torch.no_grad()` or a custom
+    `torch.autograd.Function` would silently get the gradient of what it computes.
+    """
+
+    def __init__(self, adapter: Adapter, objective: Objective, known: Constraints) -> None:
+        self.adapter, self.objective, self.known = adapter, objective, known
+        self._gradient: Gradient | None = None
+
+    def __call__(self, params: Tensors, views: Views, weights: Tensor | None = None) -> MetaGradient:
+        """See `meta_gradient`."""
+        if self._gradient is None:
+            self._gradient = self._choose(params, views)
+        return self._gradient(params, views, weights)
+
+    def _choose(self, params: Tensors, views: Views) -> Gradient:
+        eager, recorded = (replace(self.adapter, mode=mode) for mode in _COMPARED)
+        with _same_draws(equal_weights(views)):
+            difference = _differ(
+                *(_density_gradient(a, constrain(params, self.known), views) for a in (recorded, eager))
+            )
+        if difference > _MOST_DIFFERENT:
+            warnings.warn(
+                "the model has gradients that cannot be recorded, by torch.no_grad() or a torch.autograd.Function of "
+                "its own, so that the run is eager, several times slower; write .detach() in place of "
+                "torch.no_grad(), or compile=False to silence this",
+                stacklevel=2,
+            )
+            return partial(meta_gradient, eager, self.objective, self.known)
+        if self.adapter.mode == "compiled":
+            return CompiledGradient(self.adapter, self.objective, self.known)
+        return partial(meta_gradient, self.adapter, self.objective, self.known)
+
+
+_COMPARED: tuple[Mode, Mode] = ("eager", "recorded")
+_MOST_DIFFERENT = 1e-2
+
+
+def _density_gradient(adapter: Adapter, prior: Tensors, views: Views) -> list[Tensor]:
+    """Gradient of the log joint density of one task where adaptation starts, by particles and meta-parameters."""
+    task = take_tasks(views[2], slice(0, 1))
+    with torch.no_grad():
+        start = replace(adapter, mode="eager").begin(prior, task).particles
+    sources = {name: value.detach().requires_grad_() for name, value in prior.items()}
+    particles = start.detach().requires_grad_()
+    with torch.enable_grad():
+        total = adapter.log_joint(particles, sources, task).sum()
+        found = torch.autograd.grad(total, [particles, *sources.values()], materialize_grads=True, allow_unused=True)
+    return list(found)
+
+
 def make_gradient(adapter: Adapter, objective: Objective, known: Constraints) -> Gradient:
     """`meta_gradient` of an adapter in its mode, as a function of parameters, views and weights alone."""
-    if adapter.mode == "compiled":
-        return CompiledGradient(adapter, objective, known)
-    return partial(meta_gradient, adapter, objective, known)
+    if adapter.mode == "eager":
+        return partial(meta_gradient, adapter, objective, known)
+    return _Verified(adapter, objective, known)

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from bmaml_ppl.adaptation import take_tasks
 from bmaml_ppl.outer import MetaGradient, Views, equal_weights
@@ -252,7 +254,7 @@ def join_world(device: torch.device | str = "cpu") -> tuple[World, torch.device]
         return World(device=device), device
     if _is_launched() and not dist.is_initialized():
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        _join("cpu:gloo,cuda:nccl" if gpus else "gloo")
         atexit.register(_leave)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return World(device=device), device
@@ -265,6 +267,18 @@ def join_world(device: torch.device | str = "cpu") -> tuple[World, torch.device]
             'init_process_group("cpu:gloo,cuda:nccl")'
         )
     return World(dist.get_rank(), dist.get_world_size(), device), device
+
+
+def _join(backend: str) -> None:
+    """Joins the processes that torchrun started."""
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        dist.init_process_group(backend)
+        return
+    # Restarted processes find the same store as those before them, and in it the addresses of the dead. (Of several
+    # machines, each counts its own restarts, so that the count names nothing that all agree on.)
+    store, rank, size = next(rendezvous("env://"))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(backend, store=PrefixStore(f"restart {restart}", store), rank=rank, world_size=size)
 
 
 def _is_launched() -> bool:

@@ -150,8 +150,7 @@ class Loop:
         saved = None if self.checkpoints is None else self.checkpoints.load()
         if self.checkpoints is not None and saved is not None:
             self._restore(saved)
-            if not self.checkpoints.prior_path.is_file():
-                self.checkpoints.save_prior(replace(self.learned, params=self._snapshot()))
+            self.checkpoints.save_prior(replace(self.learned, params=self._snapshot()))
             if visible:
                 left = self.schedule.num_steps - saved.step
                 what = f"meta-learning goes on for {left} meta-steps" if left else "meta-learning was finished"

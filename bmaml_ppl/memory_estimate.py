@@ -237,7 +237,10 @@ class _Guard:
 
     def _warn(self, params: Tensors, views: Views, free: int) -> None:
         probe = MemoryProbe(self.adapter, self.objective, self.known, params, views)
-        estimate = probe.estimate(self._num_together(views), self.adapter.memory)
+        try:
+            estimate = probe.estimate(self._num_together(views), self.adapter.memory)
+        except Exception:  # an aid alone: the run may fit all the same
+            return
         if estimate.total > free:
             warnings.warn(
                 f"{self._name(views)} is estimated to need {estimate}, and {_show(free)} are free on "

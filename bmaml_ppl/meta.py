@@ -194,7 +194,7 @@ def estimate_memory(
     batch = tasks.to(where, dtype).scaled().sample_batch(batch_size, num_support, torch.Generator().manual_seed(seed))
     views = episode_views(batch, needs_masks(tasks, num_support))
     params = unconstrain(learned.params, learned.constraints)
-    num_together = min(len(batch.support), chunk_size or batch_size)
+    num_together = min(len(batch.support), batch_size if chunk_size is None else chunk_size)
     return MemoryProbe(adapter, objective, learned.constraints, params, views).estimate(num_together, memory)
 
 

@@ -72,8 +72,9 @@ class MetaGradient(NamedTuple):
 
 def equal_weights(views: Views) -> Tensor:
     """Weights of tasks that make the loss their mean, (T,)."""
-    like = next(value for value in views[0].data.values() if value.is_floating_point())
-    return like.new_full((len(like),), 1 / len(like))
+    values = list(views[0].data.values())
+    like = next((value for value in values if value.is_floating_point()), torch.empty(0, device=values[0].device))
+    return like.new_full((len(values[0]),), 1 / len(values[0]))
 
 
 def meta_gradient(

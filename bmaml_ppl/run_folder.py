@@ -12,8 +12,8 @@ from bmaml_ppl.settings import Settings, SettingsError, resolve, write_settings
 
 __all__ = ["RunFolder"]
 
-_FREE = frozenset({"out", "compile", "device", "checkpoint_every"})
-"""Settings that say how a run is computed, not what: it may go on with others."""
+_FREE = frozenset({"out", "compile", "device", "checkpoint_every", "memory", "chunk_size"})
+"""Settings that say how a run is computed, not what: it may go on with others; of memory modes, checkpoints decide."""
 
 _RESULTS = ("prior.safetensors", "history.csv", "learning.png")
 

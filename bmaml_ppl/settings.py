@@ -252,8 +252,20 @@ def make_memory(text: str) -> Memory:
     if match is None:
         raise SettingsError(f"got memory {text!r}; write a mode such as 'full' or 'checkpointed(5)'")
     _check_names("memory", [match[1]], known)
-    made: Memory = known[match[1]](*_parse_arguments(match[2]))
+    parts = [part.strip() for part in match[2].split(",")] if match[2] else []
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    try:
+        made: Memory = known[match[1]](
+            *(_parse_limit(part) for part in parts if "=" not in part),
+            **{name.strip(): _parse_limit(value) for name, value in named.items()},
+        )
+    except TypeError as error:
+        raise SettingsError(f"got memory {text!r}; write a mode such as 'checkpointed(5)': {error}") from error
     return made
+
+
+def _parse_limit(text: str) -> Any:
+    return None if text.strip().lower() == "none" else _parse_scalar(text.strip())
 
 
 def _parse_arguments(text: str | None) -> list[Any]:

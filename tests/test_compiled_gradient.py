@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from bmaml_ppl import compiled_gradient
 from bmaml_ppl.adaptation import Adapter, seeded
@@ -15,7 +19,8 @@ from bmaml_ppl.compiled_gradient import CompiledGradient, make_gradient
 from bmaml_ppl.inference import laplace, map_estimate, mean_field, platipus, svgd
 from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.objectives import Objective, chaser, elbo, evidence, marginal_nll, platipus_loss, query_nll
-from bmaml_ppl.outer import MetaGradient, Views, meta_gradient
+from bmaml_ppl.outer import MetaGradient, Views, equal_weights, meta_gradient
+from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference, Start
 from tests.test_outer import KNOWN
 from tests.toys import bind, finite_differences, level, level_tasks, line, line_tasks, views_of
@@ -86,8 +91,7 @@ def test_compiled_is_eager_and_finite_differences(case: str, monkeypatch: pytest
     most, how = CASES[case][4:]
     monkeypatch.setattr(compiled_gradient, "_MOST_NODES", most)
     adapter, objective, params, views = prepare(case)
-    compiled = make_gradient(adapter, objective, KNOWN)
-    assert isinstance(compiled, CompiledGradient)
+    compiled = CompiledGradient(adapter, objective, KNOWN)
     eager = make_gradient(replace(adapter, mode="eager"), objective, KNOWN)
     found, wanted = draw(compiled, params, views), draw(eager, params, views)
     assert compiled.how == how
@@ -184,3 +188,27 @@ def test_meta_learning_compiled_is_meta_learning(capsys: pytest.CaptureFixture[s
     for name, value in priors[0].params.items():
         torch.testing.assert_close(value, priors[1].params[name], rtol=1e-6, atol=1e-6)
     assert "compiling, once" in capsys.readouterr().err
+
+
+def frozen(x: Tensor, y: Tensor | None = None) -> None:
+    """A model whose noise scale is to be learned through the prior alone."""
+    scale = pyro.param("scale", torch.tensor(0.8), constraint=constraints.positive)
+    with torch.no_grad():
+        fixed = 1.0 * scale
+    level = pyro.sample("level", dist.Normal(0.0, scale))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(level, fixed), obs=y)
+
+
+def test_a_model_whose_gradient_cannot_be_recorded_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmaml_ppl.compile._WORTH_RECORDING", 3)
+    run = partial(meta_learn, frozen, level_tasks(8, 6), num_support=3, inference=svgd(num_particles=3, num_steps=1))
+    eager = run(num_steps=3, compile=False, progress=False)
+    with pytest.warns(UserWarning, match=r"torch.no_grad\(\).*write .detach\(\)"):
+        other = run(num_steps=3, compile="auto", progress=False)
+    assert torch.equal(eager.params["scale"], other.params["scale"])
+
+
+def test_tasks_of_whole_numbers_alone_have_weights() -> None:
+    tasks = Tasks({"y": torch.tensor([[1, 2, 3, 0], [0, 1, 0, 2]])}, outputs=("y",))
+    torch.testing.assert_close(equal_weights(views_of(tasks, 2)), torch.tensor([0.5, 0.5]))

@@ -214,7 +214,7 @@ _MOST_DIFFERENT = 1e-2
 def _density_gradient(adapter: Adapter, prior: Tensors, views: Views) -> list[Tensor]:
     """Gradient of the log joint density of one task where adaptation starts, by particles and meta-parameters."""
     task = take_tasks(views[2], slice(0, 1))
-    with torch.no_grad():
+    with torch.no_grad(), _same_draws(equal_weights(views)):
         start = replace(adapter, mode="eager").begin(prior, task).particles
     sources = {name: value.detach().requires_grad_() for name, value in prior.items()}
     particles = start.detach().requires_grad_()

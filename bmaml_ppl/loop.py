@@ -150,7 +150,8 @@ class Loop:
         saved = None if self.checkpoints is None else self.checkpoints.load()
         if self.checkpoints is not None and saved is not None:
             self._restore(saved)
-            self.checkpoints.save_prior(replace(self.learned, params=self._snapshot()))
+            if not self.checkpoints.prior_path.is_file():
+                self.checkpoints.save_prior(replace(self.learned, params=self._snapshot()))
             if visible:
                 left = self.schedule.num_steps - saved.step
                 what = f"meta-learning goes on for {left} meta-steps" if left else "meta-learning was finished"
@@ -162,8 +163,8 @@ class Loop:
         self.history.stopped = why
         warnings.warn(_STOPPED.format(why), StoppedEarly, stacklevel=4)
         good = replace(self.learned, params=self.kept, history=self.history)
-        if self.checkpoints is not None:
-            self.checkpoints.save_prior(good)
+        if self.checkpoints is not None and not (self.whole and self.checkpoints.prior_path.is_file()):
+            self.checkpoints.save_prior(good)  # else it stands there as of the newest checkpoint
         return good
 
     def _show(self, bar: Any) -> None:

@@ -212,3 +212,12 @@ def test_a_model_whose_gradient_cannot_be_recorded_runs_eagerly(monkeypatch: pyt
 def test_tasks_of_whole_numbers_alone_have_weights() -> None:
     tasks = Tasks({"y": torch.tensor([[1, 2, 3, 0], [0, 1, 0, 2]])}, outputs=("y",))
     torch.testing.assert_close(equal_weights(views_of(tasks, 2)), torch.tensor([0.5, 0.5]))
+
+
+def test_models_that_can_be_recorded_are() -> None:
+    for case in CASES:
+        adapter, objective, params, views = prepare(case)
+        recorded = make_gradient(replace(adapter, mode="recorded"), objective, KNOWN)
+        eager = make_gradient(replace(adapter, mode="eager"), objective, KNOWN)
+        found, wanted = draw(recorded, params, views), draw(eager, params, views)  # a warning would be an error
+        torch.testing.assert_close(found._asdict(), wanted._asdict(), rtol=1e-8, atol=1e-10)

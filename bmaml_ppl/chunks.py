@@ -1,12 +1,12 @@
 """A batch's meta-gradient a few tasks at a time: the memory of a chunk, the gradient of the whole."""
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import take_tasks
+from bmaml_ppl.adaptation import even_parts, rewound, take_tasks
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.outer import MetaGradient, Views, equal_weights
 from bmaml_ppl.types import Tensors
@@ -38,15 +38,10 @@ def in_chunks(gradient: Gradient, chunk_size: int | None) -> Gradient:
 
     def chunked(params: Tensors, views: Views, weights: Tensor | None = None) -> MetaGradient:
         weights = equal_weights(views) if weights is None else weights
-        count = -(-len(weights) // chunk_size)
-        size = -(-len(weights) // count)
-        found = None
-        for first in range(0, len(weights), size):
-            part = _part(views, weights, first, size)
-            if first + size < len(weights):
-                with _rewound(weights):
-                    one = gradient(params, *part)
-            else:
+        parts, found = even_parts(len(weights), chunk_size), None
+        for i, rows in enumerate(parts):
+            part = _take(views, weights, rows.to(weights.device), i * len(rows))
+            with nullcontext() if i + 1 == len(parts) else rewound(weights.device):
                 one = gradient(params, *part)
             found = one if found is None else _add(found, one)
         assert found is not None
@@ -55,19 +50,11 @@ def in_chunks(gradient: Gradient, chunk_size: int | None) -> Gradient:
     return chunked
 
 
-def _rewound(like: Tensor) -> Any:
-    """Puts torch's generators back after the block: the next chunk makes the same draws."""
-    return torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else [])
-
-
-def _part(views: Views, weights: Tensor, first: int, size: int) -> tuple[Views, Tensor]:
-    """So many tasks from the first on, the last of them repeated with weight 0 where there are fewer."""
-    index = torch.arange(first, first + size, device=weights.device)
-    there = index < len(weights)
-    index = index.clamp_max(len(weights) - 1)
-
-    support, query, everything = (take_tasks(view, index) for view in views)
-    return (support, query, everything), torch.where(there, weights[index], 0.0)
+def _take(views: Views, weights: Tensor, rows: Tensor, first: int) -> tuple[Views, Tensor]:
+    """Tasks at these positions, with weight 0 for those that only fill the part up, which starts at `first`."""
+    real = torch.arange(first, first + len(rows), device=weights.device) < len(weights)
+    support, query, everything = (take_tasks(view, rows) for view in views)
+    return (support, query, everything), torch.where(real, weights[rows], 0.0)
 
 
 def _add(one: MetaGradient, other: MetaGradient) -> MetaGradient:

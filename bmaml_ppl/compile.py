@@ -4,7 +4,7 @@ after, or machine code made from it."""
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from bmaml_ppl.graph_passes import share_gram_gradients
 
-__all__ = ["Compile", "CompileFailed", "Mode", "Recorded", "choose_mode", "lower", "record_graph", "warn_of_failure"]
+__all__ = [
+    "Compile",
+    "CompileFailed",
+    "Mode",
+    "Recorded",
+    "choose_mode",
+    "describe_layout",
+    "lower",
+    "record_graph",
+    "refill",
+    "warn_of_failure",
+]
 
 Compile = Literal["auto"] | bool
 Mode = Literal["eager", "recorded", "compiled"]
@@ -80,7 +91,7 @@ class Recorded:
         leaves, layout = tree_flatten(arguments)
         # A graph holds for the strides it was recorded with.
         leaves = [None if x is None else x.contiguous() for x in leaves]
-        key = (layout, tuple(None if x is None else (x.shape, x.dtype, x.device) for x in leaves))
+        key = describe_layout(leaves, layout)
         if key not in self.graphs:
             self.graphs[key] = self._record(leaves, layout)
         recorded = self.graphs[key]
@@ -109,9 +120,7 @@ class Recorded:
         found: list[Any] = []
 
         def flat(*values: Tensor) -> list[Tensor]:
-            given = iter(values)
-            filled = [None if x is None else next(given) for x in leaves]
-            results, result_layout = tree_flatten(self.function(*tree_unflatten(filled, layout)))
+            results, result_layout = tree_flatten(self.function(*refill(values, leaves, layout)))
             found.append(result_layout)
             return results
 
@@ -124,6 +133,17 @@ class Recorded:
                 stacklevel=4,
             )
             return None
+
+
+def describe_layout(leaves: Sequence[Tensor | None], layout: TreeSpec) -> Any:
+    """What calls with flat arguments must have in common to share a recording."""
+    return layout, tuple(None if x is None else (x.shape, x.dtype, x.device) for x in leaves)
+
+
+def refill(values: Iterable[Tensor], leaves: Sequence[Tensor | None], layout: TreeSpec) -> Any:
+    """Nested arguments of these tensors, laid out as others that were flattened to `leaves`."""
+    given = iter(values)
+    return tree_unflatten([None if x is None else next(given) for x in leaves], layout)
 
 
 def record_graph(function: Callable[..., Any], given: list[Tensor]) -> GraphModule:
@@ -150,19 +170,16 @@ def lower(graph: GraphModule, given: list[Tensor]) -> Callable[..., list[Tensor]
     from torch._inductor import config
 
     given = [x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled()) for x in given]
-    graph = copy.deepcopy(graph)  # which the compiler rewrites
-    for node in graph.graph.nodes:
-        node.meta.clear()  # each value was described by a recording of its own
     with _quiet(given), config.patch(_OPTIONS):
         try:
-            program = compile_graph(copy.deepcopy(graph), [*given])
+            program = compile_graph(_copy(graph), [*given])
         except Exception as error:
             # A process that was killed while it compiled leaves an empty file in inductor's cache, for ever.
             cut_short = re.findall(r"(/\S+\.so): file too short", str(error))
             if not cut_short:
                 raise
             Path(cut_short[0]).unlink(missing_ok=True)
-            program = compile_graph(copy.deepcopy(graph), [*given])
+            program = compile_graph(_copy(graph), [*given])
         # The gradient is compiled when it is first asked for: now, so that its failure is met here.
         if sources := [x for x in given if x.requires_grad]:
             results = [x for x in program(*given) if x.requires_grad]
@@ -172,6 +189,14 @@ def lower(graph: GraphModule, given: list[Tensor]) -> Callable[..., list[Tensor]
         return list(program(*values))
 
     return run
+
+
+def _copy(graph: GraphModule) -> GraphModule:
+    """A graph for the compiler, which rewrites it, without what recordings of their own said of its values."""
+    copied = copy.deepcopy(graph)
+    for node in copied.graph.nodes:
+        node.meta.clear()
+    return copied
 
 
 def _lower_or_warn(graph: GraphModule, given: list[Tensor]) -> Callable[..., Any]:

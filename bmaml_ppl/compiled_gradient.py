@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
-from bmaml_ppl.adaptation import Adapter, take_tasks
-from bmaml_ppl.compile import CompileFailed, Mode, lower, record_graph, warn_of_failure
+from bmaml_ppl.adaptation import Adapter, rewound, take_tasks
+from bmaml_ppl.compile import CompileFailed, Mode, describe_layout, lower, record_graph, refill, warn_of_failure
 from bmaml_ppl.cuda_graphs import CapturedGradient
 from bmaml_ppl.memory import Memory
 from bmaml_ppl.objectives import Objective, Rollout
@@ -24,7 +24,9 @@ __all__ = ["CompiledGradient", "make_gradient"]
 _MOST_NODES = 5000
 """Operations of an unrolled adaptation with its gradient up to which it is compiled as a whole, in about a minute."""
 
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+_COMPARED: tuple[Mode, Mode] = ("eager", "recorded")
+_MOST_DIFFERENT = 1e-2
+"""Relative difference from which a recorded density is taken to have another gradient than the model."""
 
 Gradient = Callable[..., MetaGradient]
 
@@ -54,7 +56,7 @@ class CompiledGradient:
         """See `meta_gradient`."""
         weights = equal_weights(views) if weights is None else weights
         leaves, layout = tree_flatten((dict(params), views, weights))
-        key = (layout, tuple(None if x is None else (x.shape, x.dtype, x.device) for x in leaves))
+        key = describe_layout(leaves, layout)
         if key not in self._chosen:
             self._chosen[key] = self._choose(params, views, weights)
         self.how, gradient = self._chosen[key]
@@ -64,16 +66,16 @@ class CompiledGradient:
         """The fastest program that gives the gradient of the recorded steps on this batch."""
         recorded = replace(self.adapter, mode="recorded")
         run = self._step_by_step(recorded)
-        with _same_draws(weights):
+        with rewound(weights.device):
             wanted = run(params, views, weights)
         size = sum(step.num_nodes for step in recorded.steps().values())
         candidates: list[tuple[str, Callable[[], Gradient]]] = []
         if size <= _MOST_NODES and self.adapter.memory == Memory():
             candidates.append(("compiled as a whole", lambda: _compile_whole(self, recorded, params, views, weights)))
-        candidates.append(("compiled", lambda: self._step_by_step(_compile_steps(self.adapter, recorded))))
+        candidates.append(("compiled", lambda: self._step_by_step(_with_graphs(self.adapter, recorded))))
         for how, make in candidates:
             try:
-                with _same_draws(weights), warnings.catch_warnings():
+                with rewound(weights.device), warnings.catch_warnings():
                     warnings.simplefilter("error", CompileFailed)
                     program = make()
                     found = program(params, views, weights)
@@ -82,7 +84,7 @@ class CompiledGradient:
                 if how == "compiled":
                     warn_of_failure(error)
                 continue
-            if (difference := _compare(found, wanted)) <= _TOLERANCE.get(wanted.loss.dtype, 2e-3):
+            if (difference := _compare(found, wanted)) <= _tolerance(wanted):
                 return self._capture(how, program, params, views, weights, wanted)
             warn_of_failure(f"the gradient of what was {how} differs by {difference:.1e}")
         return "recorded", run
@@ -95,12 +97,12 @@ class CompiledGradient:
             return how, program
         captured = CapturedGradient(program)
         try:
-            with _same_draws(weights):
+            with rewound(weights.device):
                 found = captured(params, views, weights)
         except Exception as error:  # the program is as good, but for launching its kernels one by one
             warn_of_failure(error)
             return how, program
-        if _compare(found, wanted) <= _TOLERANCE.get(wanted.loss.dtype, 2e-3):
+        if _compare(found, wanted) <= _tolerance(wanted):
             return f"{how}, in a CUDA graph", captured
         return how, program
 
@@ -108,18 +110,17 @@ class CompiledGradient:
         return partial(meta_gradient, adapter, self.objective, self.known)
 
 
-def _compile_steps(adapter: Adapter, recorded: Adapter) -> Adapter:
-    """An adapter that compiles the graphs which another has recorded."""
-    compiled = replace(adapter)
-    steps = recorded.steps()
-    for name, step in compiled.steps().items():
+def _with_graphs(adapter: Adapter, recorded: Adapter) -> Adapter:
+    """The same adapter with the graphs that another has recorded."""
+    copied, steps = replace(adapter), recorded.steps()
+    for name, step in copied.steps().items():
         step.graphs = steps[name].graphs
-    return compiled
+    return copied
 
 
 def _compile_whole(of: CompiledGradient, recorded: Adapter, params: Tensors, views: Views, weights: Tensor) -> Gradient:
     """The whole meta-gradient as one compiled program for one layout of a batch."""
-    tracing = _compile_steps(replace(recorded), recorded)
+    tracing = _with_graphs(recorded, recorded)
     for step in tracing.steps().values():
         step.interpreted = False  # the interpreter hides its operations
 
@@ -131,9 +132,7 @@ def _compile_whole(of: CompiledGradient, recorded: Adapter, params: Tensors, vie
     names = list(params)
 
     def flat(*values: Tensor) -> list[Tensor]:
-        given = iter(values)
-        filled = [None if x is None else next(given) for x in leaves]
-        gradients, (value, counts) = grad_and_value(loss, has_aux=True)(*tree_unflatten(filled, layout))
+        gradients, (value, counts) = grad_and_value(loss, has_aux=True)(*refill(values, leaves, layout))
         return [*(gradients[name] for name in names), value, *counts]
 
     given = [x.detach().clone() for x in leaves if x is not None]
@@ -147,6 +146,11 @@ def _compile_whole(of: CompiledGradient, recorded: Adapter, params: Tensors, vie
         return MetaGradient(dict(zip(names, gradients, strict=True)), value, repaired, unconverged)
 
     return run
+
+
+def _tolerance(wanted: MetaGradient) -> float:
+    """Difference that rounding may make between two programs for one gradient."""
+    return 1e-7 if wanted.loss.dtype == torch.float64 else 2e-3
 
 
 def _compare(found: MetaGradient, wanted: MetaGradient) -> float:
@@ -165,10 +169,6 @@ def _differ(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     if not torch.isfinite(size):
         return 0.0
     return ((got - want).norm() / size.clamp_min(torch.finfo(want.dtype).eps ** 0.5)).item()
-
-
-def _same_draws(like: Tensor) -> Any:
-    return torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else [])
 
 
 class _Verified:
@@ -190,10 +190,8 @@ class _Verified:
 
     def _choose(self, params: Tensors, views: Views) -> Gradient:
         eager, recorded = (replace(self.adapter, mode=mode) for mode in _COMPARED)
-        with _same_draws(equal_weights(views)):
-            difference = _differ(
-                *(_density_gradient(a, constrain(params, self.known), views) for a in (recorded, eager))
-            )
+        prior = constrain(params, self.known)
+        difference = _differ(*(_density_gradient(adapter, prior, views) for adapter in (recorded, eager)))
         if difference > _MOST_DIFFERENT:
             warnings.warn(
                 "the model has gradients that cannot be recorded, by torch.no_grad() or a torch.autograd.Function of "
@@ -207,14 +205,10 @@ class _Verified:
         return partial(meta_gradient, self.adapter, self.objective, self.known)
 
 
-_COMPARED: tuple[Mode, Mode] = ("eager", "recorded")
-_MOST_DIFFERENT = 1e-2
-
-
 def _density_gradient(adapter: Adapter, prior: Tensors, views: Views) -> list[Tensor]:
     """Gradient of the log joint density of one task where adaptation starts, by particles and meta-parameters."""
     task = take_tasks(views[2], slice(0, 1))
-    with torch.no_grad(), _same_draws(equal_weights(views)):
+    with torch.no_grad(), rewound(equal_weights(views).device):
         start = replace(adapter, mode="eager").begin(prior, task).particles
     sources = {name: value.detach().requires_grad_() for name, value in prior.items()}
     particles = start.detach().requires_grad_()

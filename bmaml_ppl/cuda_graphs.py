@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
+from bmaml_ppl.adaptation import rewound
+from bmaml_ppl.compile import describe_layout, refill
 from bmaml_ppl.outer import MetaGradient, Views, equal_weights
 from bmaml_ppl.types import Tensors
 
@@ -36,7 +38,7 @@ class CapturedGradient:
         """See `bmaml_ppl.outer.meta_gradient`."""
         weights = equal_weights(views) if weights is None else weights
         leaves, layout = tree_flatten((dict(params), views, weights))
-        key = (layout, tuple(None if x is None else (x.shape, x.dtype, x.device) for x in leaves))
+        key = describe_layout(leaves, layout)
         if key not in self._captured:
             self._captured[key] = self._capture(leaves, layout)
         graph, inputs, result = self._captured[key]
@@ -49,10 +51,9 @@ class CapturedGradient:
 
     def _capture(self, leaves: list[Tensor | None], layout: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         inputs = [x.detach().clone() for x in leaves if x is not None]
-        given = iter(inputs)
-        arguments = tree_unflatten([None if x is None else next(given) for x in leaves], layout)
+        arguments = refill(inputs, leaves, layout)
         device = inputs[0].device
-        with torch.cuda.device(device), torch.random.fork_rng(devices=[device]):
+        with torch.cuda.device(device), rewound(device):
             side, here = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(here)
             with torch.cuda.stream(side):

@@ -277,8 +277,7 @@ def _join(backend: str) -> None:
     # Restarted processes find the same store as those before them, and in it the addresses of the dead. (Of several
     # machines, each counts its own restarts, so that the count names nothing that all agree on.)
     store, rank, size = next(rendezvous("env://"))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(backend, store=PrefixStore(f"restart {restart}", store), rank=rank, world_size=size)
+    dist.init_process_group(backend, store=PrefixStore(f"restart {num_restarts()}", store), rank=rank, world_size=size)
 
 
 def _is_launched() -> bool:

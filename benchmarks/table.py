@@ -92,6 +92,7 @@ def adapt(result: Row) -> Iterator[Line]:
 
 def _is_like(ours: str, peer: str) -> bool:
     """Whether a line says something: draws beside draws, and SVGD beside all."""
+    ours = ours.removesuffix(", compiled")
     return ours == "svgd" or ("NUTS" in peer if ours == "hmc" else peer == "Pyro NUTS")
 
 

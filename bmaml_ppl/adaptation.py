@@ -1,7 +1,6 @@
 """Adaptation of the shared prior to one task: the loop that objectives, learners and users share."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -29,8 +28,6 @@ __all__ = [
     "one_task",
     "over_tasks",
     "resolve_start",
-    "rewound",
-    "seeded",
     "take_tasks",
 ]
 
@@ -88,23 +85,6 @@ def even_parts(num_tasks: int, chunk_size: int) -> list[Tensor]:
     count = -(-num_tasks // chunk_size)
     size = -(-num_tasks // max(count, 1))
     return [torch.arange(part * size, (part + 1) * size) % num_tasks for part in range(count)]
-
-
-def rewound(device: torch.device) -> AbstractContextManager[None]:
-    """Puts torch's generators back after the block, so that what comes next makes the same draws."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators for the block and puts their states back afterwards."""
-    with rewound(device):
-        # Not torch.manual_seed: it seeds every GPU, and only `device` is put back.
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ overflows. Everything that matters is therefore computed from the coordinate, in
 """
 
 from functools import singledispatch
+from math import log, pi, prod
 from typing import Any
 
 import torch
@@ -147,7 +148,10 @@ def log_prob_at(fn: Any, value: Tensor, x: Tensor) -> Tensor:
 
 @log_prob_at.register
 def _(fn: td.Independent, value: Tensor, x: Tensor) -> Tensor:
-    total: Tensor = _sum_rightmost(log_prob_at(fn.base_dist, value, x), fn.reinterpreted_batch_ndims)
+    base, num = fn.base_dist, fn.reinterpreted_batch_ndims
+    if type(base).log_prob is td.Normal.log_prob and num and all(base.scale.stride(-i - 1) == 0 for i in range(num)):
+        return _round_normal(base, value, num)
+    total: Tensor = _sum_rightmost(log_prob_at(base, value, x), num)
     return total
 
 
@@ -171,6 +175,14 @@ def _(fn: td.Gamma, value: Tensor, x: Tensor) -> Tensor:
 @log_prob_at.register
 def _(fn: td.LogNormal, value: Tensor, x: Tensor) -> Tensor:
     return fn.base_dist.log_prob(x) - x
+
+
+def _round_normal(fn: td.Normal, value: Tensor, num: int) -> Tensor:
+    """Log density where the last dimensions share one standard deviation: a function of the distance to the mean."""
+    squared = (value - fn.loc).square().flatten(-num).sum(-1)
+    scale = fn.scale.flatten(-num)[..., 0]
+    size = prod(fn.batch_shape[-num:])
+    return -0.5 * squared / scale.square() - size * (scale.log() + 0.5 * log(2 * pi))
 
 
 def _dirichlet(concentration: Tensor, logs: Tensor) -> Tensor:

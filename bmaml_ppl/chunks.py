@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import even_parts, rewound, take_tasks
+from bmaml_ppl.adaptation import even_parts, take_tasks
 from bmaml_ppl.checks import check_count
+from bmaml_ppl.generators import rewound
 from bmaml_ppl.outer import MetaGradient, Views, equal_weights
 from bmaml_ppl.types import Tensors
 

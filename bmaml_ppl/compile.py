@@ -15,18 +15,21 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from bmaml_ppl.graph_passes import share_gram_gradients
+from bmaml_ppl.graph_passes import share_gram_gradients, spare_eigenvectors
 
 __all__ = [
     "Compile",
     "CompileFailed",
     "Mode",
     "Recorded",
+    "choose_adapting",
     "choose_mode",
     "describe_layout",
+    "difference",
     "lower",
     "record_graph",
     "refill",
+    "tolerance",
     "warn_of_failure",
 ]
 
@@ -40,10 +43,13 @@ _WORTH_COMPILING = 20_000
 """Adaptation steps of a batch from which compilation earns its time back: it takes as long as some thousand recorded
 steps the first time, and a tenth of that once the machine has compiled the same before."""
 
+_WORTH_COMPILING_PARTS = 2000
+"""The same where a step is one of as many tasks as memory allows, without gradients."""
 
-_OPTIONS = {"fallback_random": True, "realize_opcount_threshold": 8}
-"""Of torch's inductor: draws from torch's own generators; and no long expressions written out wherever they are used,
-which compiles a whitened SVGD step in 8 seconds instead of 39, and runs as fast."""
+_OPTIONS = {"fallback_random": True, "realize_opcount_threshold": 8, "cpp.enable_loop_tail_vec": False}
+"""Of torch's inductor: draws from torch's own generators; no long expressions written out wherever they are used, which
+compiles a whitened SVGD step in 8 seconds instead of 39, and runs as fast; and no vectors along dimensions shorter than
+one, for which it starts its threads anew for each short sum, so that HMC of 4 latents takes 12 times as long."""
 
 
 class CompileFailed(UserWarning):
@@ -61,6 +67,13 @@ def choose_mode(compile: Compile, num_steps: int, num_inner_steps: int) -> Mode:
     return "compiled" if num_steps * max(num_inner_steps, 1) >= _WORTH_COMPILING else "recorded"
 
 
+def choose_adapting(compile: Compile, num_steps: int) -> Mode | None:
+    """How an adaptation of so many steps of parts of tasks computes; None is recorded where it pays."""
+    if compile == "auto":
+        return "compiled" if num_steps >= _WORTH_COMPILING_PARTS else None
+    return choose_mode(compile, 0, 0)
+
+
 class Recorded:
     """A pure function of nested tensors that is recorded as a graph on its first call with each layout.
 
@@ -70,7 +83,8 @@ class Recorded:
     Args:
         function: Takes and returns nested containers of tensors.
         mode: "recorded", or "compiled" to machine code, once for each layout and each choice of the arguments
-            that need gradients. A graph that cannot be compiled runs as it was recorded, after one warning.
+            that need gradients. A graph that cannot be compiled, or without gradients returns something else when it
+            was, runs as it was recorded, after one warning.
 
     Attributes:
         graphs: Graph and layout of the result by layout of the arguments, None where recording failed.
@@ -170,16 +184,17 @@ def lower(graph: GraphModule, given: list[Tensor]) -> Callable[..., list[Tensor]
     from torch._inductor import config
 
     given = [x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled()) for x in given]
+    differentiable = any(x.requires_grad for x in given)
     with _quiet(given), config.patch(_OPTIONS):
         try:
-            program = compile_graph(_copy(graph), [*given])
+            program = compile_graph(_copy(graph, differentiable), [*given])
         except Exception as error:
             # A process that was killed while it compiled leaves an empty file in inductor's cache, for ever.
             cut_short = re.findall(r"(/\S+\.so): file too short", str(error))
             if not cut_short:
                 raise
             Path(cut_short[0]).unlink(missing_ok=True)
-            program = compile_graph(_copy(graph), [*given])
+            program = compile_graph(_copy(graph, differentiable), [*given])
         # The gradient is compiled when it is first asked for: now, so that its failure is met here.
         if sources := [x for x in given if x.requires_grad]:
             results = [x for x in program(*given) if x.requires_grad]
@@ -191,20 +206,59 @@ def lower(graph: GraphModule, given: list[Tensor]) -> Callable[..., list[Tensor]
     return run
 
 
-def _copy(graph: GraphModule) -> GraphModule:
-    """A graph for the compiler, which rewrites it, without what recordings of their own said of its values."""
+def _copy(graph: GraphModule, differentiable: bool) -> GraphModule:
+    """A graph to be rewritten, without what recordings of their own said of its values."""
     copied = copy.deepcopy(graph)
     for node in copied.graph.nodes:
         node.meta.clear()
+    if not differentiable and spare_eigenvectors(copied.graph):
+        copied.recompile()
     return copied
 
 
 def _lower_or_warn(graph: GraphModule, given: list[Tensor]) -> Callable[..., Any]:
+    """The compiled graph, or the graph itself where compilation fails or makes something else of it."""
     try:
-        return lower(graph, given)
+        program = lower(graph, given)
+        (values, slopes), (wanted, wanted_slopes) = (_try_out(each, given) for each in (program, graph))
+        # A step may magnify rounding errors, and its gradient more so.
+        apart = max(difference(values, wanted), difference(slopes, wanted_slopes) / 5)
+        if apart > tolerance(wanted):
+            warn_of_failure(f"what was compiled differs by {apart:.1e}")
+            return graph
     except Exception as error:  # any failure to compile must leave the recorded result standing
         warn_of_failure(error)
         return graph
+    return program
+
+
+def _try_out(function: Callable[..., Sequence[Tensor]], given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a function of tensors returns for these, and the gradients of a weighted sum of that, where needed."""
+    given = [x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled()) for x in given]
+    sources = [x for x in given if x.requires_grad]
+    with _quiet(given):
+        values = list(function(*given))
+    results = [x for x in values if x.requires_grad] if sources else []
+    if not results:
+        return values, []
+    weights = [torch.arange(x.numel(), device=x.device).cos().reshape(x.shape).to(x.dtype) for x in results]
+    return values, list(torch.autograd.grad(results, sources, weights, materialize_grads=True, allow_unused=True))
+
+
+def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Norm of the difference of all numbers over that of what is wanted; 0 where that is not finite, or nothing."""
+    if not any(x.is_floating_point() for x in wanted):
+        return 0.0
+    got, want = (torch.cat([x.flatten() for x in xs if x.is_floating_point()]) for xs in (found, wanted))
+    size = want.norm()
+    if not torch.isfinite(size):
+        return 0.0
+    return ((got - want).norm() / size.clamp_min(torch.finfo(want.dtype).eps ** 0.5)).item()
+
+
+def tolerance(wanted: Sequence[Tensor]) -> float:
+    """Difference that rounding may make between two programs for the same numbers."""
+    return 1e-7 if all(x.dtype == torch.float64 for x in wanted if x.is_floating_point()) else 2e-3
 
 
 def warn_of_failure(error: Exception | str) -> None:

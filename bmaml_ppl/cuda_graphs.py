@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from bmaml_ppl.adaptation import rewound
 from bmaml_ppl.compile import describe_layout, refill
+from bmaml_ppl.generators import rewound
 from bmaml_ppl.outer import MetaGradient, Views, equal_weights
 from bmaml_ppl.types import Tensors
 

@@ -9,8 +9,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import TaskData, as_task_data, one_task, seeded
+from bmaml_ppl.adaptation import TaskData, as_task_data, one_task
 from bmaml_ppl.density import Density, from_model
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.hierarchy import Hierarchy, draw_starts, make_hierarchy, over_draws
 from bmaml_ppl.inference.chains import ChainState
 from bmaml_ppl.inference.nuts import check_sampler, keep_finite, run_nuts

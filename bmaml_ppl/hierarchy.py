@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.func import grad, jacrev, vmap
 
-from bmaml_ppl.adaptation import TaskData, one_task, over_tasks, seeded
+from bmaml_ppl.adaptation import TaskData, one_task, over_tasks
 from bmaml_ppl.bijections import bijection
 from bmaml_ppl.bounded import log_prob_at
 from bmaml_ppl.density import Density
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.types import Tensors
 
 __all__ = ["Hierarchy", "draw_starts", "make_hierarchy", "over_draws"]

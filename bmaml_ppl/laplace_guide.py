@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bmaml_ppl.adaptation import Adapter, TaskData, seeded
+from bmaml_ppl.adaptation import Adapter, TaskData
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.diagnostics.curvature import check_measured, describe_curvature
 from bmaml_ppl.discovery import feasible_point
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.guide import posterior_guide, sample_sites
 from bmaml_ppl.handlers import ambient
 from bmaml_ppl.inference.curvature import Curvature, Form

@@ -19,12 +19,14 @@ from bmaml_ppl.adaptation import (
     check_inference,
     even_parts,
     one_task,
-    seeded,
     take_tasks,
 )
+from bmaml_ppl.allocator import freed_memory_kept
 from bmaml_ppl.checks import check_count
+from bmaml_ppl.compile import Compile, Mode, choose_adapting
 from bmaml_ppl.density import Density
 from bmaml_ppl.diagnostics.curvature import check_measured
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.model_view import learned_model
 from bmaml_ppl.observations import check_observations
@@ -75,9 +77,13 @@ class _Adapters:
         self.seen: set[Any] = set()
         self.recorded: dict[Any, Adapter] = {}
 
-    def choose(self, adapter: Adapter, parts: list[TaskData]) -> list[Adapter]:
-        """The adapter for each part of one call: a recorded one where the part's layout came in a call before."""
-        keys = [self._key(adapter, part) for part in parts]
+    def choose(self, adapter: Adapter, parts: list[TaskData], mode: Mode | None) -> list[Adapter]:
+        """The adapter for each part of one call: of this mode, or recorded where the layout came in a call before."""
+        keys = [(mode, *self._key(adapter, part)) for part in parts]
+        if mode is not None:
+            for key in set(keys) - self.recorded.keys():
+                self.recorded[key] = replace(adapter, mode=mode)
+            return [self.recorded[key] for key in keys]
         if adapter.inference.num_draws or len(keys) >= _MANY_PARTS:  # what runs so often is worth a recording at once
             self.seen.update(keys)
         for key in set(keys) & self.seen - self.recorded.keys():
@@ -159,6 +165,7 @@ class LearnedPrior:
         num_steps: int | None = None,
         num_restarts: int = 1,
         chunk_size: int | None = None,
+        compile: Compile = "auto",
         seed: int | None = None,
         **data: Any,
     ) -> Posterior:
@@ -173,6 +180,9 @@ class LearnedPrior:
             num_steps: Adaptation steps; None takes the inference's own.
             num_restarts: R, independent adaptations, whose agreement `check` and R-hat look at; draws come from all.
             chunk_size: Tasks adapted together; None bounds the memory.
+            compile: True compiles the steps to machine code, which takes a quarter of a minute or so the first time on
+                a machine and makes them two to five times as fast, False runs them as they are, and "auto" compiles
+                where `chunk_size` makes 2,000 steps or more of all tasks: thousands of large ones, or long chains.
             seed: Seed of the particles' start and of draws; None takes the prior's.
             **data: One task's observations as keyword tensors, (N, ...), or a batch's, (T, N, ...).
 
@@ -199,12 +209,14 @@ class LearnedPrior:
         check_count("chunk_size", chunk, least=1)
         check_count("num_restarts", num_restarts, least=1)
         parts = [take_tasks(batch, rows.to(self.device)) for rows in even_parts(len(given), chunk)]
-        adapters = self._adapters.choose(adapter, parts)
+        mode = choose_adapting(compile, len(parts) * steps * num_restarts)
+        adapters = self._adapters.choose(adapter, parts, mode)
         states = []
         for restart in range(num_restarts):
             runs = zip(adapters, parts, strict=True)
             found = (self.run(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs)
-            states.append(_join(found, len(given)))
+            with freed_memory_kept():
+                states.append(_join(found, len(given)))
             _check_finite(states[-1].particles, given)
             check_measured(states[-1], self.density.sites, given.names, must_converge=adapter.inference.implicit)
         return Posterior(self, adapter.inference, states[0], given, single, seed, tuple(states[1:]))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from bmaml_ppl.adaptation import TaskData, seeded
+from bmaml_ppl.adaptation import TaskData
 from bmaml_ppl.density import Density
 from bmaml_ppl.draws import reparameterised
 from bmaml_ppl.families import Family
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference.curvature import observation_slopes
 from bmaml_ppl.prediction import PREDICTIVE_STREAM, in_user_units
 from bmaml_ppl.scaling import Scaling

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bmaml_ppl.adaptation import Adapter, seeded
+from bmaml_ppl.adaptation import Adapter
 from bmaml_ppl.checkpoints import Checkpoints, Saved
 from bmaml_ppl.chunks import in_chunks
 from bmaml_ppl.compiled_gradient import make_gradient
 from bmaml_ppl.diagnostics.curvature import NotConverged
 from bmaml_ppl.distributed import World
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.memory_estimate import guard_memory
 from bmaml_ppl.objectives import Objective
@@ -104,7 +105,7 @@ class Loop:
         self.learned, self.tasks, self.schedule, self.callbacks = learned, tasks, schedule, callbacks
         self.constraints = learned.constraints
         bound, size = (adapter, objective, self.constraints), schedule.chunk_size
-        gradient = guard_memory(in_chunks(make_gradient(*bound), size), *bound, size)
+        gradient = guard_memory(in_chunks(make_gradient(*bound, schedule.num_steps), size), *bound, size)
         self.gradient = partial(world.meta_gradient, gradient)
         self.compiles = adapter.mode == "compiled"
         self.masked = needs_masks(tasks, learned.num_support)

@@ -76,7 +76,7 @@ def full() -> Memory:
     return Memory()
 
 
-def checkpointed(every: int = 1, max_states: int | None = 12) -> Memory:
+def checkpointed(every: int = 1, max_states: int | None = 8) -> Memory:
     r"""Keeps some states alone, and computes the steps between them again in the backward pass.
 
     The gradient is that of `full()` to rounding error, random draws within steps included. Memory is that of `every`

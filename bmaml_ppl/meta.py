@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inference, one_task, resolve_start, seeded
+from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, check_inference, one_task, resolve_start
+from bmaml_ppl.allocator import freed_memory_kept
 from bmaml_ppl.checkpoints import Checkpoints
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Compile, choose_mode
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.distributed import join_world
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import ALGORITHMS, svgd
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.loop import Loop, MetaStep, Optimizer, Schedule, needs_masks
@@ -143,7 +145,7 @@ def meta_learn(
         if checkpoint_dir:
             checkpoints = Checkpoints(Path(checkpoint_dir), run, checkpoint_every, world.writes)
     loop = Loop(learned, adapter, tasks.scaled(), objective, schedule, list(callbacks), world, checkpoints)
-    with world.one_voice(), world.held, tensor_cores(precision, where):
+    with world.one_voice(), world.held, tensor_cores(precision, where), freed_memory_kept():
         return loop.run(progress)
 
 

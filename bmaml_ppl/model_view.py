@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.density import Density
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.handlers import Sites, ambient, execute, learned_params
 from bmaml_ppl.template import Template
 from bmaml_ppl.types import Tensors

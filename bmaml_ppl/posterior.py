@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task, seeded
+from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.density import Density
 from bmaml_ppl.diagnostics.curvature import describe_curvature
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.guide import particle_guide, posterior_guide
 from bmaml_ppl.inference import chains
 from bmaml_ppl.linearized import linearized_log_likelihood, simulate_linearized

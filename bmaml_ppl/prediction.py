@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from bmaml_ppl.adaptation import TaskData, seeded
+from bmaml_ppl.adaptation import TaskData
 from bmaml_ppl.density import Density
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.scaling import Scaling
 from bmaml_ppl.types import Tensors
 

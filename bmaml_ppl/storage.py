@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.density import Density, from_model
 from bmaml_ppl.files import dump_tensors, write_atomically
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.model_view import fingerprint

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from bmaml_ppl import meta_learn
-from bmaml_ppl.adaptation import seeded
 from bmaml_ppl.distributed import ElsewhereError, World, join_world
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import hmc, laplace, map_estimate, mean_field, platipus, svgd
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.loop import MetaStep

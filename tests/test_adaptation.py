@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import TaskData, as_task_data, resolve_start, seeded
+from bmaml_ppl.adaptation import TaskData, as_task_data, resolve_start
 from bmaml_ppl.density import from_model
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.types import Model
 from tests.toys import bind, level, level_tasks, line, line_tasks

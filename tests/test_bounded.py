@@ -12,6 +12,7 @@ from torch import Tensor
 import bmaml_ppl as bp
 from bmaml_ppl.bijections import bijection
 from bmaml_ppl.bounded import Interval, StickBreaking, log_prob_at
+from bmaml_ppl.compile import record_graph
 
 NUM_TASKS = 30
 
@@ -73,3 +74,47 @@ def test_equality_and_shapes() -> None:
     assert StickBreaking() == StickBreaking()
     assert Interval(torch.zeros(3, 1), 1.0).forward_shape((2,)) == (3, 2)
     assert StickBreaking().forward_shape((5, 2)) == (5, 3)
+
+
+class _Shifted(dist.Normal):
+    def log_prob(self, value: Tensor) -> Tensor:
+        shifted: Tensor = super().log_prob(value) + 1
+        return shifted
+
+
+NORMALS: dict[str, Callable[[Tensor, Tensor], dist.Distribution]] = {
+    "one scale": lambda loc, scale: dist.Normal(loc, scale[0, 0]).to_event(1),
+    "one scale a row": lambda loc, scale: dist.Normal(loc, scale[:, :1]).to_event(1),
+    "one scale of two dimensions": lambda loc, scale: dist.Normal(loc, scale[0, 0]).to_event(2),
+    "rows that differ": lambda loc, scale: dist.Normal(loc, scale[:, :1]).to_event(2),
+    "scales that differ": lambda loc, scale: dist.Normal(loc, scale).to_event(1),
+    "no event": lambda loc, scale: dist.Normal(loc, scale[0, 0]),
+    "another density": lambda loc, scale: _Shifted(loc, scale[0, 0]).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", NORMALS)
+def test_normals_are_their_own_log_density(name: str) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 5, dtype=torch.float64), 1 + torch.rand(2, 5, dtype=torch.float64)]
+    loc, scale = (leaf.requires_grad_() for leaf in leaves)
+    value = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    fn = NORMALS[name](loc, scale)
+    found, wanted = log_prob_at(fn, value, value), fn.log_prob(value)
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((weights * x).sum(), (value, loc, scale), retain_graph=True) for x in (found, wanted)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_many_coordinates_of_one_scale_are_one_norm() -> None:
+    def density(value: Tensor, scale: Tensor) -> list[Tensor]:
+        fn = dist.Normal(torch.zeros(1000), scale, validate_args=False).to_event(1)
+        return [log_prob_at(fn, value, value)]
+
+    graph = record_graph(density, [torch.zeros(2, 1000), torch.ones(())])
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    large = {node.target.overloadpacket.__name__ for node in calls if node.meta["val"].numel() > 2}
+    assert large == {"zeros", "expand", "sub", "pow"}

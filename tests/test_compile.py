@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from bmaml_ppl.compile import Recorded, choose_mode
+from bmaml_ppl.compile import Recorded, choose_adapting, choose_mode
 
 
 def test_a_recorded_function_returns_the_same_nested_result() -> None:
@@ -54,6 +54,19 @@ def test_what_cannot_be_recorded_runs_eagerly_after_a_warning() -> None:
 )
 def test_auto_compiles_long_runs(compile: Any, steps: int, inner: int, wanted: str) -> None:
     assert choose_mode(compile, steps, inner) == wanted
+
+
+@pytest.mark.parametrize(
+    ("compile", "steps", "wanted"),
+    [("auto", 1999, None), ("auto", 2000, "compiled"), (True, 1, "compiled"), (False, 9999, "eager")],
+)
+def test_auto_compiles_adaptations_of_many_parts(compile: Any, steps: int, wanted: str | None) -> None:
+    assert choose_adapting(compile, steps) == wanted
+
+
+def test_what_compile_may_be_is_said() -> None:
+    with pytest.raises(ValueError, match="compile='always' is not known; choose \"auto\", True or False"):
+        choose_adapting("always", 1)  # type: ignore[arg-type]
 
 
 def test_interpreted_graphs_draw_and_compute_the_same() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bmaml_ppl import compiled_gradient
-from bmaml_ppl.adaptation import Adapter, seeded
+from bmaml_ppl.adaptation import Adapter
 from bmaml_ppl.compile import CompileFailed, Mode, Recorded, lower
 from bmaml_ppl.compiled_gradient import CompiledGradient, make_gradient
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import laplace, map_estimate, mean_field, platipus, svgd
 from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.objectives import Objective, chaser, elbo, evidence, marginal_nll, platipus_loss, query_nll
@@ -155,7 +156,7 @@ def test_a_wrong_gradient_is_never_used(most: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compiled_gradient, "_MOST_NODES", most)
     adapter, objective, params, views = prepare("maml")
     compiled = CompiledGradient(adapter, objective, KNOWN)
-    with pytest.warns(CompileFailed, match="the gradient of what was compiled.* differs by [0-9.]+e-02"):
+    with pytest.warns(CompileFailed, match="what was compiled.* differs by [0-9.]+e-0[23]"):
         found = draw(compiled, params, views)
     assert compiled.how == "recorded"
     wanted = meta_gradient(replace(adapter, mode="eager"), objective, KNOWN, params, views)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bmaml_ppl.graph_passes import share_gram_gradients
+from bmaml_ppl.graph_passes import share_gram_gradients, spare_eigenvectors
 
 F64 = torch.float64
 
@@ -62,3 +62,24 @@ def test_the_gradient_takes_fewer_products() -> None:
     before.graph.eliminate_dead_code()
     after.graph.eliminate_dead_code()
     assert count(after.graph) < count(before.graph)
+
+
+EIGEN: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "values": (lambda x: torch.linalg.eigvalsh(x @ x.mT)[..., 0], 1),
+    "values, twice": (lambda x: torch.linalg.eigvalsh(x @ x.mT) + torch.linalg.eigvalsh(x @ x.mT + 1), 2),
+    "vectors": (lambda x: torch.linalg.eigh(x @ x.mT).eigenvectors.abs(), 0),
+    "both": (lambda x: torch.linalg.eigh(x @ x.mT).eigenvectors.abs() * torch.linalg.eigvalsh(x @ x.mT), 1),
+}
+
+
+@pytest.mark.parametrize("name", EIGEN)
+def test_eigenvectors_are_left_out_where_nobody_asks_for_them(name: str) -> None:
+    function, count = EIGEN[name]
+    x = torch.randn(3, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+    graph = make_fx(vmap(function))(x)  # under vmap torch cannot tell that no gradient will be taken
+    graph.graph.eliminate_dead_code()
+    assert spare_eigenvectors(graph.graph) == count
+    graph.recompile()
+    torch.testing.assert_close(graph(x), vmap(function)(x))
+    found = [node.args[1:] for node in graph.graph.nodes if node.target is torch.ops.aten._linalg_eigh.default]
+    assert found.count(("L", False)) == count

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import Adapter, TaskData, seeded
+from bmaml_ppl.adaptation import Adapter, TaskData
 from bmaml_ppl.datasets.frames import radon
 from bmaml_ppl.density import from_model
 from bmaml_ppl.diagnostics.curvature import describe_curvature
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import laplace
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.meta import meta_learn

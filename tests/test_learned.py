@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import bmaml_ppl as bp
-from bmaml_ppl.inference import map_estimate, svgd
+from bmaml_ppl.compile import CompileFailed
+from bmaml_ppl.inference import hmc, map_estimate, svgd
 from bmaml_ppl.types import Inference
 from tests import toys
 
@@ -183,6 +184,32 @@ def test_a_recorded_adaptation_is_the_eager_one(inference: Inference, lengths: t
     moved = replace(fresh, params=shifted).adapt(tasks, inference=inference, seed=3).particles
     fresh.params.update(shifted)
     assert torch.allclose(fresh.adapt(tasks, inference=inference, seed=3).particles, moved, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("inference", [small, hmc(num_chains=2, num_warmup=5, num_draws=5)], ids=["svgd", "hmc"])
+def test_a_compiled_adaptation_is_the_eager_one(inference: Inference) -> None:
+    fresh = learn(line, make_tasks().standardize())
+    eager, compiled = (
+        fresh.adapt(make_tasks(), inference=inference, chunk_size=3, compile=compile).particles
+        for compile in (False, True)
+    )
+    assert torch.allclose(compiled, eager, rtol=1e-8, atol=1e-10)
+    modes = {key[0]: adapter.mode for key, adapter in fresh._adapters.recorded.items()}
+    assert modes == {"eager": "eager", "compiled": "compiled"}
+    update: Any = fresh._adapters.recorded[next(k for k in fresh._adapters.recorded if k[0] == "compiled")]._update
+    assert len(update._programs) == 1  # one for all parts
+    assert not any(isinstance(program, torch.fx.GraphModule) for program in update._programs.values())
+
+
+def test_a_step_that_was_compiled_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(graph: Any, given: list[Tensor]) -> Any:
+        return lambda *values: [1.01 * x if x.is_floating_point() else x for x in graph(*values)]
+
+    monkeypatch.setattr("bmaml_ppl.compile.lower", lower)
+    fresh = learn(line, make_tasks().standardize())
+    with pytest.warns(CompileFailed, match="what was compiled differs by [0-9.]+e-0[23]"):
+        compiled = fresh.adapt(make_tasks(), compile=True)
+    assert torch.allclose(compiled.particles, fresh.adapt(make_tasks(), compile=False).particles, rtol=1e-9, atol=1e-11)
 
 
 def test_only_so_many_layouts_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

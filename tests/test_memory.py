@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from bmaml_ppl.adaptation import Adapter, seeded
+from bmaml_ppl.adaptation import Adapter
 from bmaml_ppl.chunks import in_chunks
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import map_estimate, mean_field, platipus, svgd
 from bmaml_ppl.memory import Kept, Memory, checkpointed, full, split_segments, truncated
 from bmaml_ppl.objectives import Objective, chaser, elbo, platipus_loss, query_nll

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from bmaml_ppl.adaptation import seeded
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import map_estimate, svgd
 from bmaml_ppl.objectives import Objective, chaser, query_nll
 from bmaml_ppl.outer import MetaGradient, clip, constrain, meta_gradient, parameter_groups, unconstrain

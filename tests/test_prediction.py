@@ -7,8 +7,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import TaskData, seeded
+from bmaml_ppl.adaptation import TaskData
 from bmaml_ppl.density import Density, from_model
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.prediction import blank_padding, simulate
 from bmaml_ppl.scaling import Scaling
 

@@ -5,12 +5,13 @@ from math import log
 import torch
 from torch import Tensor
 
-from bmaml_ppl.adaptation import TaskData, one_task, over_tasks, seeded
+from bmaml_ppl.adaptation import TaskData, one_task, over_tasks
 from bmaml_ppl.diagnostics.collapse import Collapse, describe_particles, same_starts
 from bmaml_ppl.diagnostics.curvature import describe_curvature
 from bmaml_ppl.diagnostics.evidence import Evidence, Finding
 from bmaml_ppl.diagnostics.export import pareto_khat
 from bmaml_ppl.diagnostics.mixing import ess, rhat
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.posterior import RESTART_STREAM
 from bmaml_ppl.task_density import TaskDensity
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from bmaml_ppl.adaptation import TaskData, over_tasks, seeded
+from bmaml_ppl.adaptation import TaskData, over_tasks
 from bmaml_ppl.diagnostics.evidence import Evidence, Finding, Level
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.types import Tensors
 
 __all__ = ["find_conflict", "find_coverage", "find_fit"]

@@ -22,11 +22,11 @@ from bmaml_ppl.adaptation import (
     check_inference,
     even_parts,
     one_task,
-    seeded,
     take_tasks,
 )
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.diagnostics.calibration import Calibration
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.learned import LearnedPrior, choose_chunk_size
 from bmaml_ppl.tasks import Tasks
 from bmaml_ppl.types import Inference

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from bmaml_ppl.adaptation import TaskData, seeded
+from bmaml_ppl.adaptation import TaskData
 from bmaml_ppl.checks import check_count
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.learned import LearnedPrior
 from bmaml_ppl.tasks import Tasks
 

@@ -111,7 +111,7 @@ def stein_direction(
         parts = [_one_block(particles[:, b], scores[:, b], kernel, bandwidth, repulsion) for b in blocks]
         sizes = [b.stop - b.start for b in blocks]
         mass = torch.cat([part[0].expand(-1, n) for part, n in zip(parts, sizes, strict=True)], dim=1)
-        direction = torch.cat([part[1] for part in parts], dim=1)
+        direction = torch.cat([part[1] for part in parts], dim=1) if len(parts) > 1 else parts[0][1]
     return direction / (mass if normalise else len(particles))
 
 
@@ -244,9 +244,15 @@ def _one_block(
         # that scores survive a bandwidth near 0.
         others = weights - torch.eye(len(x), dtype=x.dtype, device=x.device)
         pull = 2 * repulsion * kernel.ratio / h * centred
-        return mass, scores + others @ (scores + pull) - others.sum(1, keepdim=True) * pull
+        return mass, scores + _sum_pulls(others, scores + pull) - others.sum(1, keepdim=True) * pull
     slopes = 2 * repulsion * kernel.slope(squared / h) / h
-    return mass, weights @ scores + slopes @ centred - slopes.sum(1, keepdim=True) * centred
+    return mass, _sum_pulls(weights, scores) + slopes @ centred - slopes.sum(1, keepdim=True) * centred
+
+
+def _sum_pulls(weights: Tensor, pulls: Tensor) -> Tensor:
+    """What pulls each particle: (M, M) times (M, d)."""
+    # Of matrices of which tasks share one, vmap makes one with a long side, which is slow; of batches, a batch.
+    return (weights.unsqueeze(0) @ pulls.unsqueeze(0)).squeeze(0)
 
 
 def _multiply_exactly(left: Tensor, right: Tensor) -> Tensor:

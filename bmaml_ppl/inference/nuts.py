@@ -14,9 +14,10 @@ from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from bmaml_ppl.adaptation import TaskData, one_task, seeded
+from bmaml_ppl.adaptation import TaskData, one_task
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Recorded
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.handlers import isolated_store
 from bmaml_ppl.inference import chains
 from bmaml_ppl.inference.chains import ChainState

@@ -11,7 +11,8 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from bmaml_ppl import adaptation
-from bmaml_ppl.adaptation import Adapter, as_task_data, seeded
+from bmaml_ppl.adaptation import Adapter, as_task_data
+from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import laplace, map_estimate
 from bmaml_ppl.inference.curvature import Arrow, dual
 from bmaml_ppl.inference.laplace import LaplaceState

@@ -151,19 +151,22 @@ def _digits(value: float) -> str:
 def make_block() -> str:
     """The table, and a line on the machine."""
     lines: list[Line] = []
-    machine = ""
+    machine, rounds = "", []
     for name, read in (("meta_gradient", meta_gradient), ("maml", maml), ("adapt", adapt), ("memory", memory)):
         if (result := load(name)) is not None:
             lines += read(result)
             machine = machine or _describe(result["about"])
+            rounds.append(f"{name.replace('_', '-')} {result['about']['rounds']}")
     if (result := load("scaling")) is not None:
         lines += scaling(result)
+        rounds.append(f"cost {result['about']['rounds']}")
     lines += gpu()
     rows = []
     for before, line in zip([None, *lines], lines, strict=False):
         same = before is not None and line[:2] == before[:2]
         first = "| |" if same else f"| {line.job} | {line.ours}"
         rows.append(f"{first} | {line.beside} | {line.reached} | {_asked(line)} |")
+    machine = machine.replace("ROUNDS", ", ".join(rounds))
     return "\n".join([machine, "", "| job | bmaml_ppl | beside | reached | asked |", "|---|---|---|---|---|", *rows])
 
 
@@ -175,7 +178,7 @@ def _describe(about: Row) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if k not in ("bmaml-ppl", "arviz", "jaxlib"))
     return (
         f"{about['machine']}, {about['cores']} cores, {about['torch_threads']} threads of torch, seed {about['seed']}, "
-        f"medians of {about['rounds']} interleaved rounds ({versions}):"
+        f"medians of interleaved rounds (ROUNDS; {versions}):"
     )
 
 

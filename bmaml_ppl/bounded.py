@@ -149,7 +149,7 @@ def log_prob_at(fn: Any, value: Tensor, x: Tensor) -> Tensor:
 @log_prob_at.register
 def _(fn: td.Independent, value: Tensor, x: Tensor) -> Tensor:
     base, num = fn.base_dist, fn.reinterpreted_batch_ndims
-    if type(base).log_prob is td.Normal.log_prob and num and all(base.scale.stride(-i - 1) == 0 for i in range(num)):
+    if type(base).log_prob is td.Normal.log_prob and _has_one_scale(base, num):
         return _round_normal(base, value, num)
     total: Tensor = _sum_rightmost(log_prob_at(base, value, x), num)
     return total
@@ -175,6 +175,11 @@ def _(fn: td.Gamma, value: Tensor, x: Tensor) -> Tensor:
 @log_prob_at.register
 def _(fn: td.LogNormal, value: Tensor, x: Tensor) -> Tensor:
     return fn.base_dist.log_prob(x) - x
+
+
+def _has_one_scale(fn: td.Normal, num: int) -> bool:
+    """Whether the last dimensions, of which there are some, share one standard deviation."""
+    return num > 0 and fn.scale.numel() > 0 and all(fn.scale.stride(-i - 1) == 0 for i in range(num))
 
 
 def _round_normal(fn: td.Normal, value: Tensor, num: int) -> Tensor:

@@ -6,6 +6,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import inf
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,8 +85,8 @@ class Recorded:
     Args:
         function: Takes and returns nested containers of tensors.
         mode: "recorded", or "compiled" to machine code, once for each layout and each choice of the arguments
-            that need gradients. A graph that cannot be compiled, or without gradients returns something else when it
-            was, runs as it was recorded, after one warning.
+            that need gradients. A graph that cannot be compiled, or that has other values or gradients when it was,
+            runs as it was recorded, after one warning.
 
     Attributes:
         graphs: Graph and layout of the result by layout of the arguments, None where recording failed.
@@ -185,7 +187,7 @@ def lower(graph: GraphModule, given: list[Tensor]) -> Callable[..., list[Tensor]
 
     given = [x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled()) for x in given]
     differentiable = any(x.requires_grad for x in given)
-    with _quiet(given), config.patch(_OPTIONS):
+    with _quiet(given), config.patch({k: v for k, v in _OPTIONS.items() if _is_known(config, k)}):
         try:
             program = compile_graph(_copy(graph, differentiable), [*given])
         except Exception as error:
@@ -206,6 +208,15 @@ def lower(graph: GraphModule, given: list[Tensor]) -> Callable[..., list[Tensor]
     return run
 
 
+def _is_known(config: Any, option: str) -> bool:
+    """Whether this torch has an option; those it has not are for speed alone."""
+    try:
+        attrgetter(option)(config)
+    except AttributeError:
+        return False
+    return True
+
+
 def _copy(graph: GraphModule, differentiable: bool) -> GraphModule:
     """A graph to be rewritten, without what recordings of their own said of its values."""
     copied = copy.deepcopy(graph)
@@ -223,7 +234,7 @@ def _lower_or_warn(graph: GraphModule, given: list[Tensor]) -> Callable[..., Any
         (values, slopes), (wanted, wanted_slopes) = (_try_out(each, given) for each in (program, graph))
         # A step may magnify rounding errors, and its gradient more so.
         apart = max(difference(values, wanted), difference(slopes, wanted_slopes) / 5)
-        if apart > tolerance(wanted):
+        if not apart <= tolerance(wanted):
             warn_of_failure(f"what was compiled differs by {apart:.1e}")
             return graph
     except Exception as error:  # any failure to compile must leave the recorded result standing
@@ -246,14 +257,25 @@ def _try_out(function: Callable[..., Sequence[Tensor]], given: list[Tensor]) -> 
 
 
 def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Norm of the difference of all numbers over that of what is wanted; 0 where that is not finite, or nothing."""
-    if not any(x.is_floating_point() for x in wanted):
-        return 0.0
-    got, want = (torch.cat([x.flatten() for x in xs if x.is_floating_point()]) for xs in (found, wanted))
-    size = want.norm()
-    if not torch.isfinite(size):
-        return 0.0
-    return ((got - want).norm() / size.clamp_min(torch.finfo(want.dtype).eps ** 0.5)).item()
+    """Norm of the difference over that of what is wanted, or the share of whole numbers that differ if that is more.
+
+    What is not finite in the wanted numbers is left out; infinite where another number found is not.
+    """
+    whole = [(got != want).double().mean().item() for got, want in _pairs(found, wanted, False) if want.numel()]
+    real = _pairs(found, wanted, True)
+    if not real:
+        return max(whole, default=0.0)
+    got, want = (torch.cat([x.flatten() for x in xs]) for xs in zip(*real, strict=True))
+    fine = want.isfinite()
+    got, want = got[fine], want[fine]
+    if not got.isfinite().all():
+        return inf
+    size = want.norm().clamp_min(torch.finfo(want.dtype).eps ** 0.5)
+    return max([((got - want).norm() / size).item(), *whole])
+
+
+def _pairs(found: Sequence[Tensor], wanted: Sequence[Tensor], floating: bool) -> list[tuple[Tensor, Tensor]]:
+    return [(x, y) for x, y in zip(found, wanted, strict=True) if y.is_floating_point() == floating]
 
 
 def tolerance(wanted: Sequence[Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from bmaml_ppl.adaptation import (
     one_task,
     take_tasks,
 )
+from bmaml_ppl.adapters import Adapters
 from bmaml_ppl.allocator import freed_memory_kept
 from bmaml_ppl.checks import check_count
-from bmaml_ppl.compile import Compile, Mode, choose_adapting
+from bmaml_ppl.compile import Compile, choose_adapting
 from bmaml_ppl.density import Density
 from bmaml_ppl.diagnostics.curvature import check_measured
 from bmaml_ppl.generators import seeded
@@ -40,9 +42,6 @@ from bmaml_ppl.types import Inference, Model, Start
 __all__ = ["History", "LearnedPrior", "choose_chunk_size"]
 
 _CHUNK_BYTES = 2**28
-_MANY_PARTS = 4
-_MOST_RECORDED = 8
-_MOST_SEEN = 1000
 
 
 @dataclass
@@ -64,39 +63,6 @@ class History:
     num_repaired: list[int] = field(default_factory=list)
     num_unconverged: list[int] = field(default_factory=list)
     stopped: str | None = None
-
-
-class _Adapters:
-    """Records adaptation from the second call with the same layout of data on, so that one call alone pays nothing.
-
-    Only so many layouts are recorded, and none of them is given up for a later one: a recording takes about a second,
-    and calls that go through many layouts in turn would else record at each.
-    """
-
-    def __init__(self) -> None:
-        self.seen: set[Any] = set()
-        self.recorded: dict[Any, Adapter] = {}
-
-    def choose(self, adapter: Adapter, parts: list[TaskData], mode: Mode | None) -> list[Adapter]:
-        """The adapter for each part of one call: of this mode, or recorded where the layout came in a call before."""
-        keys = [(mode, *self._key(adapter, part)) for part in parts]
-        if mode is not None:
-            for key in set(keys) - self.recorded.keys():
-                self.recorded[key] = replace(adapter, mode=mode)
-            return [self.recorded[key] for key in keys]
-        if adapter.inference.num_draws or len(keys) >= _MANY_PARTS:  # what runs so often is worth a recording at once
-            self.seen.update(keys)
-        for key in set(keys) & self.seen - self.recorded.keys():
-            if len(self.recorded) < _MOST_RECORDED:
-                self.recorded[key] = replace(adapter, mode="recorded")
-        if len(self.recorded) < _MOST_RECORDED and len(self.seen) < _MOST_SEEN:
-            self.seen.update(keys)
-        return [self.recorded.get(key, adapter) for key in keys]
-
-    def _key(self, adapter: Adapter, part: TaskData) -> Any:
-        tensors = part.data if part.mask is None else {**part.data, "": part.mask}
-        layout = tuple(sorted((k, v.shape, str(v.dtype), str(v.device)) for k, v in tensors.items()))
-        return adapter.inference.name, repr(sorted(adapter.inference.config.items())), adapter.start, layout
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,7 +91,7 @@ class LearnedPrior:
     num_support: int | range
     seed: int
     history: History = field(default_factory=History)
-    _adapters: _Adapters = field(default_factory=_Adapters, init=False)
+    _adapters: Adapters = field(default_factory=Adapters, init=False)
 
     def __repr__(self) -> str:
         shots = self.num_support
@@ -215,7 +181,7 @@ class LearnedPrior:
         for restart in range(num_restarts):
             runs = zip(adapters, parts, strict=True)
             found = (self.run(chosen, part, steps, seed + restart * RESTART_STREAM) for chosen, part in runs)
-            with freed_memory_kept():
+            with freed_memory_kept() if len(parts) > 1 else nullcontext():
                 states.append(_join(found, len(given)))
             _check_finite(states[-1].particles, given)
             check_measured(states[-1], self.density.sites, given.names, must_converge=adapter.inference.implicit)
@@ -338,7 +304,8 @@ class LearnedPrior:
     def run(self, adapter: Adapter, batch: TaskData, num_steps: int, seed: int) -> Any:
         """Each task's state after adaptation, without gradients and under a seed of its own."""
         with torch.no_grad(), seeded(seed, self.device), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="a step could not be recorded")
+            if adapter.mode == "recorded":  # which nobody asked for
+                warnings.filterwarnings("ignore", message="a step could not be recorded")
             return adapter.adapt(self.params, batch, num_steps)
 
 

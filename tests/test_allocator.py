@@ -24,7 +24,7 @@ def count() -> int:
 plain = count()
 with freed_memory_kept():
     kept = count()
-print(plain, kept)
+print(plain, kept, count())
 """
 
 
@@ -32,9 +32,19 @@ print(plain, kept)
 def test_memory_is_taken_from_the_system_once() -> None:
     """In a process of its own, whose heap holds nothing that is free."""
     done = subprocess.run([sys.executable, "-c", _COUNT_FAULTS], capture_output=True, text=True, check=True)
-    plain, kept = map(int, done.stdout.split())
+    plain, kept, after = map(int, done.stdout.split())
     assert plain >= 50  # pages may be as large as 2 MiB
     assert kept < plain // 20
+    assert after >= 50
+
+
+@pytest.mark.skipif(allocator._find_glibc() is None, reason="needs glibc")
+def test_an_inner_block_does_not_end_the_outer() -> None:
+    with freed_memory_kept():
+        with freed_memory_kept():
+            assert allocator._Blocks.count == 2
+        assert allocator._Blocks.count == 1
+    assert allocator._Blocks.count == 0
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

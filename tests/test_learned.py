@@ -194,27 +194,28 @@ def test_a_compiled_adaptation_is_the_eager_one(inference: Inference) -> None:
         for compile in (False, True)
     )
     assert torch.allclose(compiled, eager, rtol=1e-8, atol=1e-10)
-    modes = {key[0]: adapter.mode for key, adapter in fresh._adapters.recorded.items()}
-    assert modes == {"eager": "eager", "compiled": "compiled"}
-    update: Any = fresh._adapters.recorded[next(k for k in fresh._adapters.recorded if k[0] == "compiled")]._update
+    assert not fresh._adapters.recorded
+    (adapter,) = fresh._adapters.compiled.values()
+    update: Any = adapter._update
     assert len(update._programs) == 1  # one for all parts
     assert not any(isinstance(program, torch.fx.GraphModule) for program in update._programs.values())
 
 
-def test_a_step_that_was_compiled_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_a_step_that_was_compiled_wrongly_is_not_used(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def lower(graph: Any, given: list[Tensor]) -> Any:
-        return lambda *values: [1.01 * x if x.is_floating_point() else x for x in graph(*values)]
+        return lambda *values: [factor * x if x.is_floating_point() else x for x in graph(*values)]
 
     monkeypatch.setattr("bmaml_ppl.compile.lower", lower)
     fresh = learn(line, make_tasks().standardize())
-    with pytest.warns(CompileFailed, match="what was compiled differs by [0-9.]+e-0[23]"):
+    with pytest.warns(CompileFailed, match="what was compiled differs by ([0-9.]+e-0[23]|inf)"):
         compiled = fresh.adapt(make_tasks(), compile=True)
     assert torch.allclose(compiled.particles, fresh.adapt(make_tasks(), compile=False).particles, rtol=1e-9, atol=1e-11)
 
 
 def test_only_so_many_layouts_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bmaml_ppl.learned._MOST_RECORDED", 1)
-    monkeypatch.setattr("bmaml_ppl.learned._MOST_SEEN", 2)
+    monkeypatch.setattr("bmaml_ppl.adapters._MOST_RECORDED", 1)
+    monkeypatch.setattr("bmaml_ppl.adapters._MOST_SEEN", 2)
     fresh = learn(level, flat_tasks())
     for length in (2, 3, 4, 5, 2, 3, 4):
         fresh.adapt(flat_tasks(1, length), num_steps=1)
@@ -232,6 +233,31 @@ def test_a_model_that_cannot_be_recorded_adapts_in_silence() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bmaml_ppl.compile.make_fx", broken)
         assert torch.equal(fresh.adapt(make_tasks()).particles, first.particles)
+
+
+def test_who_asks_for_compilation_is_told_that_it_failed() -> None:
+    fresh = learn(line, make_tasks().standardize())
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no graph")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bmaml_ppl.compile.make_fx", broken)
+        with pytest.warns(UserWarning, match="could not be recorded and runs eagerly .*no graph"):
+            fresh.adapt(make_tasks(), compile=True)
+
+
+def test_what_compile_asks_for_does_not_use_up_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmaml_ppl.adapters._MOST_RECORDED", 1)
+    monkeypatch.setattr("bmaml_ppl.compile.lower", lambda graph, given: graph)
+    fresh = learn(level, flat_tasks())
+    for length in (2, 3):
+        for compile in (False, True):
+            fresh.adapt(flat_tasks(1, length), num_steps=1, compile=compile)
+    assert len(fresh._adapters.compiled) == 1
+    for _ in range(2):
+        fresh.adapt(flat_tasks(1, 2), num_steps=1)
+    assert len(fresh._adapters.recorded) == 1
 
 
 def test_no_steps_leave_the_start(prior: bp.LearnedPrior) -> None:

@@ -135,8 +135,10 @@ class Loop:
             try:
                 stopped = self._step(step)
                 self.world.check_parameters(self.params, self.done)
-                self._write(step == last)
-                self.world.deliver()
+                stopping = self.world.stopping  # a signal that comes from here on waits for the next step's checkpoint
+                self._write(step == last or stopping)
+                if stopping:
+                    self.world.deliver()
             except KeyboardInterrupt:
                 self._write(True)
                 stopped = f"interrupted at meta-step {step}"
@@ -221,7 +223,7 @@ class Loop:
         found = self.checkpoints
         if found is None or not self.whole or self.done == self.written:
             return
-        if now or self.done % found.every == 0 or self.world.stopping:
+        if now or self.done % found.every == 0:
             self.written = self.done
             found.save(self.done, self._state(), replace(self.learned, params=self._snapshot()))
 

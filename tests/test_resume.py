@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bmaml_ppl import LearnedPrior, Tasks, load_prior, meta_learn
 from bmaml_ppl.checkpoints import CheckpointWarning
 from bmaml_ppl.inference import laplace, map_estimate, svgd
-from bmaml_ppl.loop import MetaStep, StoppedEarly
+from bmaml_ppl.loop import Loop, MetaStep, StoppedEarly
 from bmaml_ppl.memory import checkpointed, truncated
 from bmaml_ppl.objectives import Objective, Rollout, chaser, query_nll
 from bmaml_ppl.signals import HeldSignals
@@ -316,6 +316,27 @@ def test_signals_are_held_in_the_main_thread_alone_and_with_checkpoints_alone(tm
     assert steps_in(tmp_path) == [1]
     with HeldSignals(active=False):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_between_a_step_and_its_end_finds_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes just after the loop has seen that nothing is to be written."""
+    write = Loop._write
+
+    def write_then_signal(self: Loop, now: bool) -> None:
+        write(self, now)
+        if self.done == 2 and self.world.held.pending is None:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Loop, "_write", write_then_signal)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+    try:
+        with pytest.raises(SystemExit):
+            learn_level(num_steps=9, checkpoint_dir=tmp_path, checkpoint_every=1000)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert steps_in(tmp_path) == [3]
 
 
 class Killable:

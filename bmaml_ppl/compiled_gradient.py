@@ -133,7 +133,7 @@ class CompiledGradient:
         except Exception as error:  # the program is as good, but for launching its kernels one by one
             warn_of_failure(error)
             return how, program
-        if _compare(found, wanted) <= 2 * tolerance([wanted.loss]):
+        if _compare(found, wanted) <= tolerance([wanted.loss]):
             return f"{how}, in a CUDA graph", captured
         return how, program
 

@@ -76,7 +76,7 @@ def full() -> Memory:
     return Memory()
 
 
-def checkpointed(every: int = 1, max_states: int | None = 8) -> Memory:
+def checkpointed(every: int = 1, max_states: int | None = 12) -> Memory:
     r"""Keeps some states alone, and computes the steps between them again in the backward pass.
 
     The gradient is that of `full()` to rounding error, random draws within steps included. Memory is that of `every`
@@ -193,10 +193,11 @@ def split_segments(num: int, slots: int) -> int:
 
 
 class _Snapshot(NamedTuple):
-    """A state, flat, and the generators' states from which its next step draws."""
+    """A state, flat, the generators' states from which its next step draws, and the room that it takes."""
 
     leaves: tuple[Any, ...]
     generators: tuple[Tensor, ...]
+    room: list[Tensor | None] | None
 
 
 class _Segments:
@@ -206,9 +207,30 @@ class _Segments:
         self.step, self.layout, self.num_state = step, layout, num_state
         self.lengths, self.slots = lengths, slots
         self.cuda: list[torch.device] = []
+        self.rooms: list[list[Tensor | None]] = []
 
-    def snapshot(self, leaves: tuple[Any, ...]) -> _Snapshot:
-        return _Snapshot(leaves, (torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda)))
+    def reserve(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+        """Makes room, side by side, for the states to keep: scattered, they hold the allocator's memory apart.
+
+        What a segment leaves as it is needs none.
+        """
+        num = min(self.slots, len(self.lengths) - 1) + 1  # with the one that comes and goes
+        rooms = [None if x is y else y.new_empty((num, *y.shape)) for x, y in zip(before, after, strict=True)]
+        self.rooms = [[None if room is None else room[i] for room in rooms] for i in range(num)]
+
+    def keep(self, leaves: tuple[Any, ...]) -> _Snapshot:
+        """The state in a room of its own."""
+        room = self.rooms.pop()
+        kept = tuple(x if place is None else place.copy_(x) for place, x in zip(room, leaves, strict=True))
+        return self.snapshot(kept, room)
+
+    def snapshot(self, leaves: tuple[Any, ...], room: list[Tensor | None] | None = None) -> _Snapshot:
+        generators = (torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda))
+        return _Snapshot(leaves, generators, room)
+
+    def free(self, snapshot: _Snapshot) -> None:
+        if snapshot.room is not None:
+            self.rooms.append(snapshot.room)
 
     def rewind(self, snapshot: _Snapshot) -> None:
         torch.set_rng_state(snapshot.generators[0])
@@ -239,10 +261,13 @@ class _Recomputed(torch.autograd.Function):
         segments.cuda = list({x.device for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"})
         positions = segments.kept()
         # Not saved by autograd, which would hold all of them to the end of the backward pass.
-        ctx.segments, ctx.prior, ctx.snapshots = segments, prior, []
+        ctx.segments, ctx.prior, ctx.snapshots = segments, prior, [(0, segments.snapshot(state))]
         for begin, end in zip(positions, [*positions[1:], len(segments.lengths)], strict=True):
-            ctx.snapshots.append((begin, segments.snapshot(state)))
-            state = segments.advance(state, prior, begin, end)
+            if begin:
+                ctx.snapshots.append((begin, segments.keep(state)))
+            before, state = state, segments.advance(state, prior, begin, end)
+            if not begin:
+                segments.reserve(before, state)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in state if not x.is_floating_point()))
         return state
@@ -259,6 +284,7 @@ class _Recomputed(torch.autograd.Function):
             while ctx.snapshots:
                 begin, snapshot = ctx.snapshots.pop()
                 reverse.run(snapshot, begin, end, segments.slots - len(ctx.snapshots))
+                segments.free(snapshot)
                 end = begin
         return None, *reverse.of_state, *reverse.of_prior
 
@@ -283,8 +309,9 @@ class _Reverse:
         while end - begin > 1:
             middle = begin + (split_segments(end - begin, slots) if slots > 0 else end - begin - 1)
             self.segments.rewind(snapshot)
-            reached = self.segments.advance(snapshot.leaves, self.prior, begin, middle)
-            self.run(self.segments.snapshot(reached), middle, end, max(slots - 1, 0))
+            reached = self.segments.keep(self.segments.advance(snapshot.leaves, self.prior, begin, middle))
+            self.run(reached, middle, end, max(slots - 1, 0))
+            self.segments.free(reached)
             end = middle
         self._reverse_one(snapshot, begin)
 

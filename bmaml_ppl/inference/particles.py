@@ -35,7 +35,7 @@ class ParticleState(NamedTuple):
     Attributes:
         particles: Points in unconstrained coordinates, (M, D).
         step_size: Step size, a scalar or (D,).
-        second_moment: Decayed mean of squared directions, (M, D); zero unless adaptive.
+        second_moment: Decayed mean of squared directions, (M, D); a scalar zero unless adaptive.
         num_updates: Steps taken, a scalar.
     """
 
@@ -117,7 +117,8 @@ class StepRule:
         """Starts at `prior["particles"]`, (M, D), with the learned or the fixed step size."""
         particles = prior["particles"]
         zero = particles.new_zeros(())
-        return ParticleState(particles, self._step_size(prior), torch.zeros_like(particles), zero)
+        moment = torch.zeros_like(particles) if self.kind(particles.shape[1]) == "adaptive" else zero
+        return ParticleState(particles, self._step_size(prior), moment, zero)
 
     def _step_size(self, prior: Tensors) -> Tensor:
         particles = prior["particles"]

@@ -25,7 +25,7 @@ class PlatipusState(NamedTuple):
     Attributes:
         particles: Points in unconstrained coordinates, (M, D).
         step_size: Step size, a scalar or (D,).
-        second_moment: Decayed mean of squared directions, (M, D); zero unless adaptive.
+        second_moment: Decayed mean of squared directions, (M, D); a scalar zero unless adaptive.
         num_updates: Steps taken, a scalar.
         rate: gamma, of the step by which `prepare` moves the prior's mean, (D,).
         center: mu after that step, (D,).

@@ -1,8 +1,6 @@
 """The command line: meta-learn a Pyro model's prior from a CSV file, adapt it to new tasks, look at it."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -10,8 +8,10 @@ from typing import Annotated, Any, get_args
 import typer
 
 from bmaml_ppl import __version__, runs
-from bmaml_ppl.distributed import ElsewhereError, join_world
+from bmaml_ppl.distributed import join_world
+from bmaml_ppl.experiments.commands import experiments
 from bmaml_ppl.inference import ALGORITHMS
+from bmaml_ppl.mistakes import explain_mistakes, list_files
 from bmaml_ppl.numerics import Precision
 from bmaml_ppl.settings import Settings, parse_pairs, resolve
 
@@ -19,11 +19,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-experiments = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Repeat a study on real or published data.")
 app.add_typer(experiments, name="experiment")
-
-_MISTAKES = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, ElsewhereError)
-"""What the library raises for a mistake of its user; anything else is a bug, unless it comes from the model."""
 
 _ENDS: dict[runs.End, str] = {
     "finished": "Written to",
@@ -146,12 +142,12 @@ def fit(
       history.csv         loss and gradient norm of each meta-step
       learning.png        the same as a figure
     """  # noqa: D301
-    with _explain_mistakes(context):
+    with explain_mistakes(context):
         settings = resolve(_gather(context), config)
         learned, end = runs.fit_prior(settings, overwrite=overwrite)
         if join_world()[0].writes:
             typer.echo(runs.describe_prior(learned))
-            typer.echo(f"\n{_ENDS[end]} {learned.parent}: {_list_files(learned.parent)}")
+            typer.echo(f"\n{_ENDS[end]} {learned.parent}: {list_files(learned.parent)}")
 
 
 @app.command()
@@ -192,12 +188,12 @@ def adapt(
       check.json        whether the posterior is to be believed, and why
       adapt.yaml        settings and versions
     """  # noqa: D301
-    with _explain_mistakes(context):
+    with explain_mistakes(context):
         beside = Path(prior).parent / "settings.yaml"
         given = _gather(context) | {"out": out or str(Path(prior).parent / "adapted")}
         settings = resolve(given, beside if beside.is_file() else None)
         folder = runs.adapt_prior(Path(prior), settings, num_samples=num_samples, seed=seed)
-        typer.echo(f"Written to {folder}: {_list_files(folder)}")
+        typer.echo(f"Written to {folder}: {list_files(folder)}")
 
 
 @app.command()
@@ -211,7 +207,7 @@ def show(
     Example:
       bmaml-ppl show runs/pigs/prior.safetensors
     """  # noqa: D301
-    with _explain_mistakes(context):
+    with explain_mistakes(context):
         typer.echo(runs.describe_prior(Path(prior)))
 
 
@@ -238,7 +234,7 @@ def report(
       bmaml-ppl report runs/pigs
       bmaml-ppl report runs/pigs --data other_pigs.csv --out other_pigs.html
     """  # noqa: D301
-    with _explain_mistakes(context):
+    with explain_mistakes(context):
         from bmaml_ppl.report import write_report
 
         chosen: Any = rows
@@ -271,7 +267,7 @@ def demo(
       posterior.nc         held-out pigs of the first split, for arviz.from_netcdf
       prior.png, pigs.png, learning.png
     """  # noqa: D301
-    with _explain_mistakes(context):
+    with explain_mistakes(context):
         from bmaml_ppl.demo import SMOKE, DemoSettings, run_demo
         from bmaml_ppl.evaluation import format_table
 
@@ -282,81 +278,7 @@ def demo(
         )
         rows = run_demo(out, settings)
         typer.echo(f"\n{format_table(rows)}\n\nRMSE and NLL are in standard deviations of the training pigs' weights.")
-        typer.echo(f"Written to {out}: {_list_files(Path(out))}")
-
-
-@experiments.command()
-def growth(
-    context: typer.Context,
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the results go.")] = "runs/growth",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One split and too few steps: only shows that it runs.")
-    ] = False,
-    seeds: Annotated[str | None, typer.Option(metavar="A,B,...", help="Splits of the tasks, one a seed.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 2,
-) -> None:
-    """Predict countries, chicks, sleepless subjects, patients and pigs from a few observations each.
-
-    Per data set: the linear mixed model, and one Pyro model learned by SVGD and by Laplace's method, on the same
-    splits; takes some minutes. Needs the packages of pip install "bmaml-ppl[data]".
-
-    \b
-    Example:
-      bmaml-ppl experiment growth --out runs/growth
-
-    \b
-    The folder then holds:
-      metrics.json        the tables, and each split's scores
-      metrics.csv         each split's scores
-      forecasts.png       held-out tasks of each data set
-      NAME.safetensors    the prior that Laplace's method learned of each data set
-    """  # noqa: D301
-    with _explain_mistakes(context):
-        from bmaml_ppl.experiments.growth import QUICK, GrowthSettings, format_studies, run_growth
-
-        settings = replace(QUICK if quick else GrowthSettings(), workers=workers)
-        settings = settings if seeds is None else replace(settings, seeds=_parse_seeds(seeds))
-        typer.echo(
-            f"{settings.fraction:.0%} of the tasks train, K observations of each other task are seen; splits by seeds "
-            f"{', '.join(map(str, settings.seeds))}"
-        )
-        tables = run_growth(out, settings)
-        typer.echo(f"\n{format_studies(tables)}\n\nRMSE and NLL are in standard deviations of the training tasks.")
-        typer.echo(f"Written to {out}: {_list_files(Path(out))}")
-
-
-@experiments.command("sine-line")
-def sine_line(
-    context: typer.Context,
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the results go.")] = "runs/sine_line",
-    quick: Annotated[bool, typer.Option("--quick", help="Too few steps: only shows that it runs.")] = False,
-) -> None:
-    """Tell sinusoids from lines by a few points, where both may fit: ABML and PLATIPUS.
-
-    Takes about seventeen minutes; what a run before left in the folder is used again.
-
-    \b
-    Example:
-      bmaml-ppl experiment sine-line --out runs/sine_line
-
-    \b
-    The folder then holds:
-      metrics.json        scores, and the shares of functions near either curve of ambiguous tasks
-      ambiguous.png       posterior functions of ambiguous tasks
-      NAME.safetensors    the prior that each method learned
-    """  # noqa: D301
-    with _explain_mistakes(context):
-        from bmaml_ppl.experiments.sine_line import QUICK, SineLineSettings, format_metrics, run_sine_line
-
-        metrics = run_sine_line(out, QUICK if quick else SineLineSettings())
-        typer.echo(f"{format_metrics(metrics)}\nWritten to {out}: {_list_files(Path(out))}")
-
-
-def _parse_seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise ValueError(f"--seeds {text!r} is not a list of integers; write --seeds 0,1,2") from None
+        typer.echo(f"Written to {out}: {list_files(Path(out))}")
 
 
 def _gather(context: typer.Context) -> dict[str, Any]:
@@ -364,32 +286,3 @@ def _gather(context: typer.Context) -> dict[str, Any]:
     names = {field.name for field in fields(Settings)}
     given = {name: value for name, value in context.params.items() if name in names}
     return {k: parse_pairs(k, v) if isinstance(v, list | tuple) else v for k, v in given.items() if v not in ((), [])}
-
-
-def _list_files(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
-
-
-@contextmanager
-def _explain_mistakes(context: typer.Context) -> Iterator[None]:
-    """Tells a user's mistake in one paragraph and exits with code 2; bugs of this package keep their traceback."""
-    try:
-        yield
-    except Exception as error:
-        message = _explain(error)
-        if context.obj or message is None:
-            raise
-        typer.secho(f"Error: {message}", err=True, fg="red")
-        raise typer.Exit(2) from error
-
-
-def _explain(error: Exception) -> str | None:
-    """What to tell of an error, or None where neither the user nor the user's model made it."""
-    chain = [error, *filter(None, (error.__cause__, error.__context__))]
-    lines = [line for link in chain for line in runs.find_model_lines(link)]
-    if not lines and not isinstance(error, _MISTAKES):
-        return None
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if lines or not isinstance(error, ValueError | TypeError | KeyError | OSError | ImportError):
-        text = f"{type(error).__name__}: {text}"
-    return "\n  ".join([text, *lines[:1]])

@@ -28,6 +28,7 @@ from bmaml_ppl.checks import check_count
 from bmaml_ppl.compile import Compile, choose_adapting
 from bmaml_ppl.density import Density
 from bmaml_ppl.diagnostics.curvature import check_measured
+from bmaml_ppl.diagnostics.population import check_population
 from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import ALGORITHMS
 from bmaml_ppl.model_view import learned_model
@@ -164,6 +165,7 @@ class LearnedPrior:
         Warns:
             RepairedCurvature: If the curvature of some tasks was not positive definite (`laplace`).
             NotConverged: If the optimiser of some tasks stopped short (implicit gradients).
+            UnevenWeights: If few particles stand for the posterior of some tasks (`smc`).
         """
         given, batch, single = self.prepare_tasks(tasks, data)
         adapter = self.bind(inference)
@@ -185,6 +187,7 @@ class LearnedPrior:
                 states.append(_join(found, len(given)))
             _check_finite(states[-1].particles, given)
             check_measured(states[-1], self.density.sites, given.names, must_converge=adapter.inference.implicit)
+            check_population(states[-1], given.names)
         return Posterior(self, adapter.inference, states[0], given, single, seed, tuple(states[1:]))
 
     def predict(self, tasks: Tasks | None = None, /, *, num_samples: int = 1000, **data: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from bmaml_ppl.adaptation import Adapter, TaskData, as_task_data, one_task
 from bmaml_ppl.checks import check_count
 from bmaml_ppl.density import Density
 from bmaml_ppl.diagnostics.curvature import describe_curvature
+from bmaml_ppl.diagnostics.population import describe_population
 from bmaml_ppl.generators import seeded
 from bmaml_ppl.guide import particle_guide, posterior_guide
 from bmaml_ppl.inference import chains
@@ -104,9 +105,11 @@ class Posterior:
 
         Returns:
             For `laplace`: `repair`, `repaired`, `decrement`, `converged`, `flat_site` and `log_evidence`, see
-            `bmaml_ppl.diagnostics.curvature.describe_curvature`. Empty for particles.
+            `bmaml_ppl.diagnostics.curvature.describe_curvature`. For `smc`: `smallest_ess`, the smallest effective
+            sample size of a reweighting as a share of the particles; `acceptance_rate` of the last moves; and
+            `log_evidence`, the estimate of the log marginal likelihood. Empty for other particles.
         """
-        return describe_curvature(self.state, self.density.sites)
+        return {**describe_curvature(self.state, self.density.sites), **describe_population(self.state)}
 
     @property
     def names(self) -> tuple[str, ...]:

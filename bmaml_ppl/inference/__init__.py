@@ -7,10 +7,11 @@ from bmaml_ppl.inference.laplace import laplace
 from bmaml_ppl.inference.mean_field import mean_field
 from bmaml_ppl.inference.platipus import platipus
 from bmaml_ppl.inference.point import map_estimate
+from bmaml_ppl.inference.smc import smc
 from bmaml_ppl.inference.svgd import svgd
 from bmaml_ppl.types import Inference
 
-__all__ = ["ALGORITHMS", "hmc", "laplace", "map_estimate", "mean_field", "platipus", "svgd"]
+__all__ = ["ALGORITHMS", "hmc", "laplace", "map_estimate", "mean_field", "platipus", "smc", "svgd"]
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "hmc": hmc,
@@ -18,6 +19,7 @@ ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "map_estimate": map_estimate,
     "mean_field": mean_field,
     "platipus": platipus,
+    "smc": smc,
     "svgd": svgd,
 }
 """Every algorithm by name; the contract tests run over it and saved priors are rebuilt from it."""

@@ -1,5 +1,6 @@
 """Ready task models: factories of ordinary Pyro models on keyword tensors."""
 
+from bmaml_ppl.models.context import context_network
 from bmaml_ppl.models.growth import growth_curve, smooth_growth
 from bmaml_ppl.models.linear import linear_regression
 from bmaml_ppl.models.neural_linear import neural_linear
@@ -7,8 +8,10 @@ from bmaml_ppl.models.pharmacokinetics import one_compartment
 from bmaml_ppl.models.radon import county_radon, radon_data, radon_houses
 from bmaml_ppl.models.regression import hierarchical_regression
 from bmaml_ppl.models.schools import eight_schools, eight_schools_data, eight_schools_tasks, school_effect
+from bmaml_ppl.models.sinusoid import sinusoid_program
 
 __all__ = [
+    "context_network",
     "county_radon",
     "eight_schools",
     "eight_schools_data",
@@ -21,5 +24,6 @@ __all__ = [
     "radon_data",
     "radon_houses",
     "school_effect",
+    "sinusoid_program",
     "smooth_growth",
 ]

@@ -50,6 +50,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "laplace": [{"preconditioner": p} for p in PRECONDITIONERS]
     + [{"num_particles": 4, "curvature": c, "gradient": "unrolled"} for c in ("exact", "diagonal")]
     + [{"gradient": "unrolled", "learn_step_size": "parameter", "preconditioner": "curvature"}],
+    "smc": [{"num_particles": m, "num_moves": n, "ess_threshold": e} for m, n, e in ((7, 1, 0.5), (8, 3, 0.9))],
     "svgd": [{"num_particles": 5, "preconditioner": p, "learn_step_size": s} for p in PRECONDITIONERS for s in LEARNED],
 }
 """What the contract is tested on besides an algorithm's defaults."""

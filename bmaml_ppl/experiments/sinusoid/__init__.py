@@ -1,0 +1,1 @@
+"""The papers' sinusoid experiment, told honestly: `bmaml-ppl experiment sinusoid`; `run` is its door."""

@@ -1,0 +1,354 @@
+"""How each method of the study learns its prior, and how it adapts it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bmaml_ppl.datasets.sinusoid import SinusoidTasks, sine_offset, sinusoid
+from bmaml_ppl.inference import laplace, map_estimate, mean_field, platipus, smc, svgd
+from bmaml_ppl.models import context_network, hierarchical_regression, neural_linear, sinusoid_program
+from bmaml_ppl.objectives import Objective, chaser, elbo, evidence, marginal_nll, platipus_loss, query_nll
+from bmaml_ppl.types import Inference, Model
+
+__all__ = ["ABLATIONS", "FAIR", "METHODS", "PICTURES", "RECIPES", "RELEASED", "Recipe", "make_optimizer"]
+
+NETWORK = (1, 40, 40, 40, 1)
+NUM_PARTICLES = 10
+_KL_WEIGHT = 0.02
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method.
+
+    Attributes:
+        title: Its name in tables.
+        model: Makes the Pyro model of one task.
+        inference: Adaptation in training, by K.
+        objective: What is minimised.
+        num_steps: Meta-steps.
+        batch_size: Tasks a meta-step.
+        rate: Of Adam.
+        schedule: "cosine" to zero, or "released": times .98 at each hundredth of the run.
+        num_points: Observations of a training task, by K.
+        num_support: Of these, how many a training task adapts to, by K; None is K.
+        shares_shots: Whether one prior serves every K.
+        first_order: Whether gradients stop at the scores.
+        max_grad_norm: Longer meta-gradients are shortened to it.
+        at_test: Adaptation after training; None is that of training.
+        num_draws: Of each posterior; None takes each particle once.
+        draw_tasks: Of training.
+    """
+
+    title: str
+    model: Callable[[], Model]
+    inference: Callable[[int], Inference]
+    objective: Objective
+    num_steps: int = 20_000
+    batch_size: int = 10
+    rate: float = 1e-3
+    schedule: str = "cosine"
+    num_points: Callable[[int], int] = lambda shots: 2 * shots
+    num_support: range | None = None
+    shares_shots: bool = False
+    first_order: bool = False
+    max_grad_norm: float = 10.0
+    at_test: Callable[[int], Inference] | None = None
+    num_draws: int | None = None
+    draw_tasks: Callable[..., SinusoidTasks] = sinusoid
+
+    def describe(self, shots: int) -> dict[str, object]:
+        """All that decides the result, as JSON values."""
+        test = self.inference if self.at_test is None else self.at_test
+        return {
+            "inference": [self.inference(shots).name, self.inference(shots).config],
+            "objective": str(self.objective),
+            "tasks_of": self.draw_tasks.__name__,
+            "num_steps": self.num_steps,
+            "batch_size": self.batch_size,
+            "rate": self.rate,
+            "schedule": self.schedule,
+            "num_points": self.num_points(shots),
+            "num_support": shots if self.num_support is None else [self.num_support.start, self.num_support.stop],
+            "first_order": self.first_order,
+            "max_grad_norm": self.max_grad_norm,
+            "at_test": [test(shots).name, test(shots).config],
+        }
+
+
+def make_optimizer(recipe: Recipe) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """Makes Adam, whose rate falls as the recipe says."""
+
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Adam(params, lr=recipe.rate)
+        num = max(recipe.num_steps, 1)
+        schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num)
+        if recipe.schedule == "released":
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(num // 100, 1), 0.98)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    return make
+
+
+def _network() -> Model:
+    """The same likelihood and priors for all; noise begins at 1, with which first steps are of MAML's length."""
+    return hierarchical_regression(NETWORK, initial_noise=1.0)
+
+
+def _learned_network() -> Model:
+    """A learned mean and standard deviation of each weight, and a learned noise."""
+    return hierarchical_regression(
+        NETWORK, center="learned", precisions="learned", initial_noise=1.0, initial_scale=0.05
+    )
+
+
+def _smooth_network() -> Model:
+    """The same with tanh, of which a linear approximation holds further, and a learned prior of a useful width."""
+    options: dict[str, Any] = {"center": "learned", "precisions": "learned", "activation": torch.tanh}
+    return hierarchical_regression(NETWORK, initial_noise=1.0, initial_scale=0.1, **options)
+
+
+def _newton(num_particles: int) -> Callable[[int], Inference]:
+    """Three Gauss-Newton steps from learned starts."""
+    settings: dict[str, Any] = {"num_steps": 3, "step_size": 1.0, "preconditioner": "gauss_newton", "init": "free"}
+    return lambda shots: map_estimate(num_particles=num_particles, **settings)
+
+
+def _point(num_particles: int, num_steps: int = 5, **more: Any) -> Callable[[int], Inference]:
+    """Gradient ascent of independent particles, with one learned step size a weight."""
+    settings: dict[str, Any] = {
+        "step_size": 2e-3,
+        "preconditioner": "none",
+        "learn_step_size": "parameter",
+        "init": "free",
+        **more,
+    }
+    return lambda shots: map_estimate(num_particles=num_particles, num_steps=num_steps, **settings)
+
+
+def _svgd(**more: Any) -> Callable[[int], Inference]:
+    settings: dict[str, Any] = {
+        "num_particles": NUM_PARTICLES,
+        "num_steps": 5,
+        "step_size": 1e-2,
+        "preconditioner": "none",
+        "learn_step_size": "parameter",
+        "structure": "joint",
+        "init": "free",
+        **more,
+    }
+    return lambda shots: svgd(**settings)
+
+
+def _laplace(shots: int) -> Inference:
+    settings: dict[str, Any] = {
+        "num_steps": 5,
+        "step_size": 2e-3,
+        "learn_step_size": "parameter",
+        "preconditioner": "none",
+    }
+    return laplace(gradient="unrolled", init="prior", **settings)
+
+
+def _abml(num_particles: int) -> Callable[[int], Inference]:
+    settings: dict[str, Any] = {
+        "num_steps": 5,
+        "step_size": 0.1,
+        "learn_step_size": "parameter",
+        "preconditioner": "natural",
+    }
+    return lambda shots: mean_field(num_particles=num_particles, kl_weight=_KL_WEIGHT, **settings)
+
+
+def _platipus(num_particles: int) -> Callable[[int], Inference]:
+    settings: dict[str, Any] = {
+        "num_steps": 5,
+        "step_size": 4e-3,
+        "learn_step_size": "parameter",
+        "preconditioner": "none",
+    }
+    return lambda shots: platipus(num_particles=num_particles, posterior_scale=0.05, **settings)
+
+
+def _many(shots: int) -> Inference:
+    return smc(num_particles=1000, num_steps=40, num_moves=6)
+
+
+METHODS: dict[str, Recipe] = {
+    "pretraining": Recipe(
+        "multi-task pretraining",
+        _network,
+        _point(1, 0),
+        query_nll("mean"),
+        at_test=_point(1, 5, step_size=2e-4, learn_step_size="none"),
+    ),
+    "fomaml": Recipe("first-order MAML", _network, _point(1, learn_step_size="scalar"), query_nll(), first_order=True),
+    "maml": Recipe("MAML", _network, _point(1, learn_step_size="scalar"), query_nll()),
+    "meta_sgd": Recipe("Meta-SGD", _network, _point(1), query_nll()),
+    "emaml": Recipe("EMAML", _network, _point(NUM_PARTICLES), query_nll("mean")),
+    "bmaml_chaser": Recipe("BMAML, chaser", _network, _svgd(), chaser(1, sites=["weights"])),
+    "bmaml": Recipe("BMAML, query", _network, _svgd(), query_nll("mean")),
+    "bmaml_mixture": Recipe("BMAML, query of the mixture", _network, _svgd(), query_nll()),
+    "bmaml_site": Recipe("BMAML, query, a kernel per site", _network, _svgd(structure="site"), query_nll("mean")),
+    "ml_point": Recipe("ML-POINT", _learned_network, _point(1, init="prior"), query_nll()),
+    "ml_laplace": Recipe(
+        "ML-LAPLACE",
+        _learned_network,
+        _laplace,
+        evidence("query", eta=0.5),
+        num_steps=4_000,
+    ),
+    "abml": Recipe(
+        "ABML", _learned_network, _abml(2), elbo(_KL_WEIGHT), num_steps=4_000, at_test=_abml(10), num_draws=100
+    ),
+    "platipus": Recipe(
+        "PLATIPUS", _learned_network, _platipus(1), platipus_loss(_KL_WEIGHT), at_test=_platipus(100), num_steps=10_000
+    ),
+    "maml_newton": Recipe(
+        "MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000, rate=3e-3
+    ),
+    "emaml_newton": Recipe(
+        "mixture of 5 MAMLs, Gauss-Newton steps", _smooth_network, _newton(5), query_nll(), num_steps=10_000, rate=3e-3
+    ),
+    "neural_linear": Recipe(
+        "neural linear, evidence",
+        lambda: neural_linear((1, 64, 64, 64)),
+        lambda shots: laplace(),
+        evidence(),
+        num_steps=10_000,
+        num_points=lambda shots: 20,
+        num_support=range(4, 20),
+        shares_shots=True,
+        num_draws=200,
+    ),
+    "context": Recipe(
+        "network of a context",
+        lambda: context_network((1, 64, 64, 64, 1)),
+        lambda shots: smc(num_particles=64, num_steps=25, num_moves=2),
+        marginal_nll(),
+        num_steps=5_000,
+        num_points=lambda shots: 20,
+        num_support=range(4, 20),
+        shares_shots=True,
+        at_test=_many,
+    ),
+    "program": Recipe(
+        "probabilistic program",
+        sinusoid_program,
+        lambda shots: smc(num_particles=300, num_steps=30),
+        marginal_nll(),
+        num_steps=1000,
+        rate=0.02,
+        num_points=lambda shots: 20,
+        num_support=range(4, 20),
+        shares_shots=True,
+        at_test=_many,
+    ),
+}
+"""The table's rows."""
+
+_FEW: dict[str, Any] = {"num_points": lambda shots: 40, "draw_tasks": sine_offset}
+
+PICTURES: dict[str, Recipe] = {
+    "offset_pretraining": Recipe(
+        "multi-task pretraining",
+        _network,
+        _point(1, 0),
+        query_nll("mean"),
+        at_test=_point(1, 1, step_size=2e-4, learn_step_size="none"),
+        **_FEW,
+    ),
+    "offset_maml": Recipe("MAML", _network, _point(1, learn_step_size="scalar"), query_nll(), **_FEW),
+    "offset_bmaml": Recipe("BMAML", _network, _svgd(), query_nll("mean"), **_FEW),
+}
+"""What the pictures are drawn with, on y = a sin(b x) + c."""
+
+
+def _squared_error() -> Model:
+    """A network with unit noise and no prior to speak of: the log density is minus half the squared error."""
+    fixed: dict[str, Any] = {"gamma": torch.tensor(1.0), "lam": torch.tensor(1e-6)}
+    model: Model = poutine.do(hierarchical_regression(NETWORK), data=fixed)
+    return model
+
+
+def _mean_squared_error(num_particles: int) -> Callable[[int], Inference]:
+    """Steps of 0.001 along the gradient of the mean squared error."""
+    settings: dict[str, Any] = {
+        "num_particles": num_particles,
+        "num_steps": 1,
+        "preconditioner": "none",
+        "init": "free",
+    }
+    return lambda shots: map_estimate(step_size=2e-3 / shots, **settings)
+
+
+_AS_RELEASED: dict[str, Any] = {"num_steps": 100_000, "schedule": "released", "max_grad_norm": 1e9}
+
+RELEASED: dict[str, Recipe] = {
+    "maml_released": Recipe("MAML", _squared_error, _mean_squared_error(1), query_nll("mean"), **_AS_RELEASED),
+    "emaml_released": Recipe(
+        "EMAML", _squared_error, _mean_squared_error(NUM_PARTICLES), query_nll("mean"), **_AS_RELEASED
+    ),
+    "bmaml_released": Recipe(
+        "BMAML",
+        lambda: hierarchical_regression(NETWORK),
+        _svgd(num_steps=1, step_size=1e-3, learn_step_size="none", bandwidth="released", repulsion=0.5),
+        chaser(1, sites=["weights"]),
+        **_AS_RELEASED,
+    ),
+}
+"""Figure 1's methods with the settings of the authors' code: a squared error for two, a noise model for the third."""
+
+FAIR = ("maml", "emaml", "bmaml_chaser", "bmaml")
+"""Figure 1's methods with one likelihood and prior, and learned step sizes for all."""
+
+_ABLATED: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "no repulsion": {"repulsion": 0.0},
+    "half the repulsion": {"repulsion": 0.5},
+    "inverse multiquadric kernel": {"kernel": "imq"},
+    "a kernel per site": {"structure": "site"},
+    "a kernel per coordinate": {"structure": "coordinate"},
+    "1 particle": {"num_particles": 1, "step_size": 2e-3},
+    "5 particles": {"num_particles": 5, "step_size": 5e-3},
+    "20 particles": {"num_particles": 20, "step_size": 2e-2},
+    "1 step": {"num_steps": 1},
+    "10 steps": {"num_steps": 10},
+    "fixed step size": {"learn_step_size": "none"},
+    "one step size": {"learn_step_size": "scalar"},
+}
+
+
+def _ablate() -> dict[str, Recipe]:
+    found = {
+        f"ablated_{i}": Recipe(title, _network, _svgd(**changed), query_nll("mean"))
+        for i, (title, changed) in enumerate(_ABLATED.items())
+    }
+    others = {
+        "chaser, 1 leader step": Recipe("", _network, _svgd(), chaser(1, sites=["weights"])),
+        "chaser, 5 leader steps": Recipe("", _network, _svgd(), chaser(5, sites=["weights"])),
+        "chaser and query": Recipe("", _network, _svgd(), chaser(1, sites=["weights"]) + query_nll("mean")),
+        "query of the mixture": Recipe("", _network, _svgd(), query_nll()),
+        "precisions fixed": Recipe("", _fixed_precisions, _svgd(), query_nll("mean")),
+    }
+    later = enumerate(others.items(), len(found))
+    return found | {f"ablated_{i}": replace(recipe, title=title) for i, (title, recipe) in later}
+
+
+def _fixed_precisions() -> Model:
+    """Noise of 0.1 and weights of 1 that are not inferred."""
+    fixed: dict[str, Any] = {"gamma": torch.tensor(100.0), "lam": torch.tensor(1.0)}
+    model: Model = poutine.do(hierarchical_regression(NETWORK), data=fixed)
+    return model
+
+
+ABLATIONS = _ablate()
+"""BMAML with one thing changed at a time."""
+
+RECIPES: dict[str, Recipe] = {**METHODS, **PICTURES, **RELEASED, **ABLATIONS}
+"""Everything that a cell can be."""

@@ -1,0 +1,107 @@
+"""The study's tables, as text, CSV and JSON."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from bmaml_ppl.experiments.sinusoid.figures import mean_and_interval, size_of
+from bmaml_ppl.experiments.sinusoid.recipes import FAIR, RECIPES, RELEASED
+from bmaml_ppl.experiments.sinusoid.scoring import Scores
+
+__all__ = ["format_ablations", "format_figure_1", "format_methods", "to_csv"]
+
+Cells = Sequence[Mapping[str, Any]]
+
+_SCORES = {
+    "mse": "MSE",
+    "member_mse": "member MSE",
+    "nll": "NLL",
+    "calibration": "calibration error",
+    "coverage90": "90 % coverage",
+}
+
+
+def to_csv(cells: Cells) -> str:
+    """All cells, one a line, with everything that was measured."""
+    text = io.StringIO()
+    names = [*Scores._fields, "learn_seconds", "device", "failed"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["recipe", "title", "shots", "tasks", "seed", "num_steps", *names])
+    for cell in cells:
+        asked, values = cell["asked"], {**(cell["scores"] or {}), **cell}
+        tasks = "inf" if asked["tasks"] is None else asked["tasks"]
+        numbers = [f"{v:.6g}" if isinstance(v, float) else v for v in map(values.get, names)]
+        title = RECIPES[asked["recipe"]].title
+        writer.writerow([asked["recipe"], title, asked["shots"], tasks, asked["seed"], asked["num_steps"], *numbers])
+    return text.getvalue()
+
+
+def format_methods(cells: Cells) -> str:
+    """A row for each method and K."""
+    heads = ["method", "K", *_SCORES.values(), "meta-steps", "s to learn", "ms to adapt a task"]
+    rows = []
+    for cell in cells:
+        asked, scores = cell["asked"], cell["scores"]
+        adapt = f"{1000 * scores['adapt_seconds'] / asked['num_test_tasks']:.1f}" if scores else ""
+        numbers = _show_scores(scores)
+        last = [f"{asked['num_steps']:,}", f"{cell['learn_seconds']:,.0f}", adapt]
+        rows.append([RECIPES[asked["recipe"]].title, asked["shots"], *numbers, *last])
+    return _table(heads, rows)
+
+
+def format_ablations(cells: Cells) -> str:
+    """A row for each change."""
+    heads = ["BMAML", *_SCORES.values(), "s to learn"]
+    rows = [
+        [
+            RECIPES[c["asked"]["recipe"]].title,
+            *_show_scores(c["scores"]),
+            f"{c['learn_seconds']:,.0f}",
+        ]
+        for c in cells
+    ]
+    return _table(heads, rows)
+
+
+def format_figure_1(cells: Cells) -> str:
+    """A row for each method and K, a column for each number of tasks: MSE of ensembles, and of members as released."""
+    sizes = sorted({size_of(cell) for cell in cells})
+    heads = ["settings", "method", "K", "metric", *(_show_size(size) for size in sizes)]
+    return _table(heads, list(_figure_1_rows(cells, sizes)))
+
+
+def _figure_1_rows(cells: Cells, sizes: Sequence[float]) -> Iterator[list[Any]]:
+    for settings, names in (("released", tuple(RELEASED)), ("fair", FAIR)):
+        for name in names:
+            chosen = [cell for cell in cells if cell["asked"]["recipe"] == name]
+            for shots in sorted({cell["asked"]["shots"] for cell in chosen}):
+                for metric in ("mse", "member_mse") if name.startswith("emaml") else ("mse",):
+                    shown = [_show_seeds(chosen, shots, size, metric) for size in sizes]
+                    yield [settings, RECIPES[name].title, shots, _SCORES[metric], *shown]
+
+
+def _show_seeds(cells: Cells, shots: int, size: float, metric: str) -> str:
+    chosen = [c for c in cells if c["asked"]["shots"] == shots and size_of(c) == size]
+    values = [c["scores"][metric] for c in chosen if c["scores"] is not None]
+    if len(values) < len(chosen) or not values:
+        return f"{len(chosen) - len(values)} of {len(chosen)} diverged" if chosen else ""
+    mean, half = mean_and_interval(values)
+    return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def _show_size(size: float) -> str:
+    return "∞" if size == float("inf") else f"{size:,.0f}"
+
+
+def _show(value: float) -> str:
+    return f"{value:.2g}" if abs(value) < 0.095 else f"{value:.2f}"
+
+
+def _show_scores(scores: Mapping[str, float] | None) -> list[str]:
+    return ["diverged"] * len(_SCORES) if scores is None else [_show(scores[name]) for name in _SCORES]
+
+
+def _table(heads: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

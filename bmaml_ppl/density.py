@@ -81,6 +81,12 @@ class Density:
         `pyro.factor` counts as an observed site."""
         return self._mask_likelihoods(self._evaluate(self._split(z), prior, data, mask)[1], data, mask)
 
+    def log_parts(self, z: Tensor, prior: Tensors, data: Data, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The prior and the likelihood part of `log_joint`, scalars, in one run of the model."""
+        log_prior, run = self._evaluate(self._split(z), prior, data, mask)
+        values = [value.sum() for value in self._mask_likelihoods(run, data, mask).values()]
+        return log_prior, torch.stack(values).sum()
+
     def constrain(self, z: Tensor, prior: Tensors, data: Data) -> dict[str, Tensor]:
         """Maps z, (D,), to the value of every latent site on its support. Outputs may be None."""
         run = self._run(prior, data, _FromParts(self.sites, self._split(z)))

@@ -340,7 +340,8 @@ def choose_chunk_size(adapter: Adapter, batch: TaskData) -> int:
     dim, num = adapter.density.dim, adapter.inference.num_particles
     num *= 1 + adapter.inference.num_draws // 100
     measured = 0 if adapter.inference.measure is None else dim * (min(dim, 128) + 8 * rows)
-    floats = num * (dim * (min(dim, 32) + num) + 64 * rows * min(dim, 32) + measured)
+    kernel = 0 if adapter.inference.name == "smc" else dim * num  # whose particles meet in no matrix
+    floats = num * (dim * min(dim, 32) + kernel + 64 * rows * min(dim, 32) + measured)
     return max(1, _CHUNK_BYTES // (8 * floats))
 
 

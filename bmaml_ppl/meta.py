@@ -294,7 +294,7 @@ def _go_on(params: dict[str, Tensor], start: LearnedPrior) -> dict[str, Tensor]:
 
 
 def _choose_objective(objective: Objective | None, inference: Inference, start: Start) -> Objective:
-    if inference.num_draws:
+    if inference.num_draws or inference.name == "smc":
         if objective is not None and any(name != "marginal_nll" for _, name, _ in objective.terms):
             raise ValueError(
                 f"objective={objective} needs gradients through the draws of {inference.name}, which are constants; "

@@ -74,7 +74,7 @@ def check_precision(
 
 def _find_unsafe(inference: Inference, dim: int) -> str | None:
     """Why an algorithm needs a log density of more than about three digits, or None."""
-    if inference.num_draws:
+    if inference.num_draws or inference.name == "smc":
         return "it accepts or refuses proposals by small differences of log densities; write another inference"
     if inference.implicit or inference.name == "laplace":
         return "it looks for the optimum itself, and rounding moves where the score vanishes; write another inference"

@@ -14,7 +14,8 @@ from bmaml_ppl.types import Tensors
 __all__ = ["TaskDensity"]
 
 
-@dataclass(frozen=True, eq=False)
+# Without a repr of its tensors: vmap writes out the name of what it maps at every call, which cannot be recorded.
+@dataclass(frozen=True, eq=False, repr=False)
 class TaskDensity:
     """A function of z, (D,), alone: what inference algorithms consume; see `bmaml_ppl.types.TaskLogDensity`.
 
@@ -37,6 +38,10 @@ class TaskDensity:
     def log_prior(self, z: Tensor) -> Tensor:
         """Log prior density with the log-Jacobian of the change of variables: (D,) -> scalar."""
         return self.density.log_prior(z, self.prior, self.data)
+
+    def log_parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_prior` and `log_likelihood` in one run of the model: (D,) -> two scalars."""
+        return self.density.log_parts(z, self.prior, self.data, self.mask)
 
     def log_likelihood(self, z: Tensor) -> Tensor:
         """Log-likelihood of all observations: (D,) -> scalar."""

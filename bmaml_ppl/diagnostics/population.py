@@ -53,7 +53,7 @@ def check_population(state: Any, names: Sequence[str]) -> None:
     if few := (~(size >= _LEAST)).nonzero().flatten().tolist():  # NaN is not
         listed = ", ".join(f"{names[i]!r} ({size[i]:.2g})" for i in few[:_SHOWN])
         warnings.warn(
-            f"the effective sample size of {len(few)} of {len(names)} tasks fell below {_LEAST:.0%} of their particles: "
+            f"the effective sample size of {len(few)} of {len(names)} tasks fell below {_LEAST:.0%} of the particles: "
             f"{listed}; take more steps: num_steps=..., or more particles where that does not help: num_particles=...",
             UnevenWeights,
             stacklevel=3,

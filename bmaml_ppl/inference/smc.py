@@ -57,7 +57,7 @@ def smc(
     *,
     num_particles: int = 1000,
     num_steps: int = 40,
-    num_moves: int = 4,
+    num_moves: int = 8,
     ess_threshold: float = 0.5,
     init: Literal["prior"] = "prior",
     sites: Mapping[str, SiteLayout] | None = None,
@@ -166,20 +166,17 @@ def measure(state: SMCState, log_density: LogDensity) -> SMCState:
 def _read(log_density: LogDensity) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Log prior density and log-likelihood of particles, (M, D) -> (M,) each; a plain function is all likelihood."""
     exact: Any = exact_density(log_density)
-    log_prior = getattr(exact, "log_prior", lambda z: z.new_zeros(()))
-    log_likelihood = getattr(exact, "log_likelihood", exact)
+    parts = getattr(exact, "log_parts", lambda z: (z.new_zeros(()), exact(z)))
 
     def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
-        # Functions, as vmap writes out the `repr` of what has no name: every tensor of a density, at every call.
-        before = vmap(lambda one: log_prior(one))(z.detach()).detach()
-        likelihood = vmap(lambda one: log_likelihood(one))(z.detach()).detach()
-        return before, torch.nan_to_num(likelihood, nan=-torch.inf, neginf=-torch.inf)
+        log_prior, likelihood = (value.detach() for value in vmap(lambda one: parts(one))(z.detach()))
+        return log_prior, torch.nan_to_num(likelihood, nan=-torch.inf, neginf=-torch.inf)
 
     return evaluate
 
 
 def _find_rise(log_likelihood: Tensor, most: Tensor, ess_threshold: float) -> Tensor:
-    """How far the temperature rises until the effective sample size falls to the threshold, by halving its logarithm."""
+    """How far the temperature rises until the effective sample size is at the threshold, by halving its logarithm."""
     goal = ess_threshold * len(log_likelihood)
     low, high = torch.full_like(most, log(_SHORTEST)), most.clamp_min(_SHORTEST).log()
     allowed = _effective_size(most * log_likelihood) >= goal

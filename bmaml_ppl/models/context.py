@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import log
 from typing import Any
 
 import pyro
@@ -82,15 +83,17 @@ class _Steered(nn.Module):
         self.activation = activation
         pairs = list(pairwise(sizes))
         with seeded(seed, torch.device("cpu")):
-            self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairs)
-            self.steering = nn.ModuleList(nn.Linear(num_context, 2 * pair[1], bias=False) for pair in pairs[:-1])
-            self.noise = nn.Sequential(nn.Linear(num_context, 16), nn.Tanh(), nn.Linear(16, 1))
-            for layer in self.layers:
+            layers = [nn.Linear(*pair) for pair in pairs]
+            steering = [nn.Linear(num_context, 2 * pair[1], bias=False) for pair in pairs[:-1]]
+            first, last = nn.Linear(num_context, 16), nn.Linear(16, 1)
+            for layer in layers:
                 nn.init.xavier_normal_(layer.weight, 5 / 3)
-            for layer in self.steering:
+            for layer in steering:
                 nn.init.normal_(layer.weight, std=0.5 / num_context**0.5)
-            nn.init.zeros_(self.noise[-1].weight)
-            nn.init.constant_(self.noise[-1].bias, torch.tensor(initial_noise).log().item())
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, log(initial_noise))
+        self.layers, self.steering = nn.ModuleList(layers), nn.ModuleList(steering)
+        self.noise = nn.Sequential(first, nn.Tanh(), last)
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         hidden = x

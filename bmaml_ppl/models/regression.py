@@ -22,7 +22,6 @@ __all__ = ["hierarchical_regression"]
 Activation = Callable[[Tensor], Tensor]
 
 _BIAS_SD = 0.01
-_LOG_PRECISION_SD = 0.001
 
 
 def hierarchical_regression(
@@ -34,6 +33,7 @@ def hierarchical_regression(
     weight_prior: tuple[float, float] = (2.0, 2.0),
     initial_noise: float = 0.1,
     initial_scale: float = 0.1,
+    precision_spread: float = 0.001,
     activation: Activation = torch.relu,
     seed: int = 0,
 ) -> Model:
@@ -64,6 +64,7 @@ def hierarchical_regression(
         weight_prior: Shape a' and rate b' of the weights' precision.
         initial_noise: Noise standard deviation at which free particles, or the learned noise, start, in units of y.
         initial_scale: First value of all entries of a learned `scale`.
+        precision_spread: Standard deviation of the logarithms of free particles' precisions at the start.
         activation: Between the layers of a perceptron; unused for a module.
         seed: Of the first value of `theta` for layer sizes; a module starts at its own weights.
 
@@ -76,12 +77,16 @@ def hierarchical_regression(
         al. (2018), Bayesian Model-Agnostic Meta-Learning, section 5.1, and its released code for the priors
         and starts; Ravi and Beatson (2019), Amortized Bayesian Meta-Learning, section 3, for learned precisions.
     """
-    _check_options(center, precisions, initial_noise=initial_noise, initial_scale=initial_scale)
+    scales = {"initial_noise": initial_noise, "initial_scale": initial_scale, "precision_spread": precision_spread}
+    _check_options(center, precisions, **scales)
     wrapped = _from_module(network) if isinstance(network, nn.Module) else _from_sizes(network, activation, seed)
 
+    def near(precision: float) -> Tensor:
+        return precision * torch.exp(precision_spread * torch.randn(()))
+
     def latent(zeros: Tensor) -> tuple[Tensor, Tensor]:
-        gamma = pyro.sample("gamma", dist.Gamma(*noise_prior), infer=_start(lambda: _near(initial_noise**-2)))
-        lam = pyro.sample("lam", dist.Gamma(*weight_prior), infer=_start(lambda: _near(1.0)))
+        gamma = pyro.sample("gamma", dist.Gamma(*noise_prior), infer=_start(lambda: near(initial_noise**-2)))
+        lam = pyro.sample("lam", dist.Gamma(*weight_prior), infer=_start(lambda: near(1.0)))
         return gamma.rsqrt(), lam.rsqrt()
 
     def learned(zeros: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,11 +187,6 @@ def _from_module(module: nn.Module) -> _Network:
     loc = torch.cat([value.mean().expand(len(value)) for value in values])
     scale = torch.cat([value.var(correction=0).add(_BIAS_SD**2).sqrt().expand(len(value)) for value in values])
     return _Network(apply, loc, scale, torch.cat(values).clone(), [tuple(shape) for shape in shapes.values()])
-
-
-def _near(precision: float) -> Tensor:
-    """A precision with a trace of noise: its logarithm has standard deviation 0.001, as released."""
-    return precision * torch.exp(_LOG_PRECISION_SD * torch.randn(()))
 
 
 def _drop_single(output: Tensor) -> Tensor:

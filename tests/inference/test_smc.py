@@ -13,6 +13,8 @@ from math import erf, log, pi, sqrt
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -21,11 +23,9 @@ from torch.func import vmap
 
 import bmaml_ppl as bp
 from bmaml_ppl.adaptation import Adapter, as_task_data
-from bmaml_ppl.datasets.sinusoid import sinusoid
 from bmaml_ppl.inference import smc
 from bmaml_ppl.inference.derivatives import FirstOrder
 from bmaml_ppl.inference.smc import SMCState, _move, _Population, _resample_evenly
-from bmaml_ppl.models import sinusoid_program
 from bmaml_ppl.types import Inference, LogDensity
 from tests import toys
 
@@ -39,6 +39,9 @@ class Parts:
 
     log_prior: LogDensity
     log_likelihood: LogDensity
+
+    def log_parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_prior(z), self.log_likelihood(z)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.log_prior(z) + self.log_likelihood(z)
@@ -93,7 +96,7 @@ def test_a_gaussian_posterior_and_its_evidence_are_recovered(num_particles: int,
     half = design @ root
     evidence = MultivariateNormal(design @ centre, half @ half.T + noise**2 * torch.eye(4, dtype=F64)).log_prob(y)
 
-    starts = seeded(lambda: prior.sample((64, num_particles)), 1)  # type: ignore[no-untyped-call]
+    starts = seeded(lambda: prior.sample((64, num_particles)), 1)
     state = populations(smc(num_particles=num_particles, num_steps=25, ess_threshold=threshold), density, starts)
     assert (state.temperature == 1).all()
     centred = state.particles - mean
@@ -236,7 +239,7 @@ def test_temperatures_rise_as_far_as_weights_stay_even(threshold: float, dtype: 
     assert state.temperature == 1
     assert shares[:-1] == pytest.approx([threshold] * (len(shares) - 1), abs=2e-3)
     assert shares[-1] >= threshold - 2e-3
-    assert len(shares) > 3
+    assert len(shares) >= 3
     assert state.smallest_ess.item() == pytest.approx(min(shares), abs=1e-3)
     assert state.log_evidence.item() == pytest.approx(evidence, abs=1e-3)
     later = inference.update(state, NARROW)
@@ -257,9 +260,10 @@ def test_too_few_steps_end_with_one_reweighting(num_steps: int) -> None:
     assert state.temperature < 1
     log_weights = (1 - state.temperature) * vmap(normal_at_two)(state.particles)
     end = inference.measure(state, NARROW)
-    counts = (end.particles == state.particles.T).to(F64).sum(0)
-    exact = 501 * log_weights.softmax(0)
-    assert ((counts - exact).abs() < 1).all()
+    # Copies that have not moved since they were drawn cannot be told apart: each of them has its share, rounded.
+    copies = (state.particles == state.particles.T).to(F64)
+    counts, exact = (end.particles == state.particles.T).to(F64).sum(0), 501 * copies @ log_weights.softmax(0)
+    assert ((counts - exact).abs() < copies.sum(0)).all()
     assert end.temperature == 1
     assert end.smallest_ess.item() == pytest.approx(_share(log_weights))
     change = (end.log_evidence - state.log_evidence).item()
@@ -308,6 +312,18 @@ def test_a_likelihood_of_zero_everywhere_is_no_posterior(value: float) -> None:
     assert torch.equal(state.particles.sort(0).values, start.sort(0).values)
     assert state.log_evidence == -torch.inf
     assert state.smallest_ess == 0
+
+
+def test_steps_can_go_on_where_a_particle_has_become_impossible() -> None:
+    # As in data other than those adapted to: at the temperature 1 nothing is weighed any more.
+    inference = smc(num_particles=20, num_steps=0)
+    state = run(inference, Parts(standard_normal, lambda z: 0 * z[0]), seeded(lambda: torch.randn(20, 1)))
+    cut = Parts(standard_normal, lambda z: torch.where(z[0] > 0, 0 * z[0], -torch.inf))
+    for _ in range(20):
+        state = inference.update(state, cut)
+    assert state.log_evidence.abs() < 1e-5
+    assert state.smallest_ess == 1
+    assert (state.particles > 0).all()
 
 
 def test_first_order_densities_are_the_exact_ones() -> None:
@@ -378,15 +394,16 @@ def test_recorded_is_eager_and_a_seed_is_a_posterior(prior: bp.LearnedPrior) -> 
 
 
 def test_fewer_draws_than_particles_are_different_ones(prior: bp.LearnedPrior) -> None:
-    posterior = prior.adapt(toys.level_tasks(2, 3, seed=1))
-    drawn = posterior.draws(20)[:, 0, 0]
+    posterior = prior.adapt(toys.level_tasks(2, 3, seed=1), compile=False)
+    drawn, particles = posterior.draws(20)[:, 0, 0], posterior.particles[0, :, 0]
     assert len(drawn.unique()) == 20
-    assert torch.isin(drawn, posterior.particles[:, 0, 0] if posterior.single else posterior.state.particles[0]).all()
+    assert torch.isin(drawn, particles).all()
     assert torch.equal(posterior.draws(50), posterior.draws())
 
 
 def test_restarts_are_compared(prior: bp.LearnedPrior) -> None:
-    posterior = prior.adapt(toys.level_tasks(2, 3, seed=1), inference=smc(num_particles=500), num_restarts=2)
+    inference = smc(num_particles=100, num_steps=5)
+    posterior = prior.adapt(toys.level_tasks(2, 3, seed=1), inference=inference, num_restarts=2, compile=False)
     assert posterior.num_chains == 2
     assert not torch.equal(*(state.particles for state in posterior.states))
 
@@ -396,14 +413,20 @@ def test_a_prior_learned_with_smc_comes_back_from_a_file(prior: bp.LearnedPrior,
     again = bp.load_prior(tmp_path / "prior.safetensors", toys.level)
     assert again.inference.config == prior.inference.config
     tasks = toys.level_tasks(2, 3, seed=1)
-    for left, right in zip(prior.adapt(tasks).state, again.adapt(tasks).state, strict=True):
+    first, second = (each.adapt(tasks, compile=False).state for each in (prior, again))
+    for left, right in zip(first, second, strict=True):
         assert torch.equal(left, right)
 
 
 def test_updates_of_a_model_with_bounded_latents_are_recorded() -> None:
     # vmap writes out the name of what it maps, and a bounded support's holds tensors.
-    tasks = sinusoid(2, 5, seed=0).tasks
-    adapter = toys.bind(sinusoid_program(), tasks, smc(num_particles=8, num_moves=1), "prior", recorded=True)
+    def bounded(x: Tensor, y: Tensor | None = None) -> None:
+        share = pyro.sample("share", dist.Uniform(torch.zeros(()), pyro.param("end", torch.tensor(2.0))))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(share, 0.1), obs=y)
+
+    tasks = toys.level_tasks(2, 3)
+    adapter = toys.bind(bounded, tasks, smc(num_particles=8, num_moves=1), "prior", recorded=True)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         state = adapter.adapt(adapter.density.prior, as_task_data(tasks), 1)

@@ -100,6 +100,12 @@ def _network() -> Model:
     return hierarchical_regression(NETWORK, initial_noise=1.0)
 
 
+def _spread_network() -> Model:
+    """The same with precisions that start apart: where those of all particles agree, a kernel of their own flings them
+    away from each other."""
+    return hierarchical_regression(NETWORK, initial_noise=1.0, precision_spread=0.5)
+
+
 def _learned_network() -> Model:
     """A learned mean and standard deviation of each weight, and a learned noise."""
     return hierarchical_regression(
@@ -194,7 +200,9 @@ METHODS: dict[str, Recipe] = {
     "bmaml_chaser": Recipe("BMAML, chaser", _network, _svgd(), chaser(1, sites=["weights"])),
     "bmaml": Recipe("BMAML, query", _network, _svgd(), query_nll("mean")),
     "bmaml_mixture": Recipe("BMAML, query of the mixture", _network, _svgd(), query_nll()),
-    "bmaml_site": Recipe("BMAML, query, a kernel per site", _network, _svgd(structure="site"), query_nll("mean")),
+    "bmaml_site": Recipe(
+        "BMAML, query, a kernel per site", _spread_network, _svgd(structure="site", step_size=1e-3), query_nll("mean")
+    ),
     "ml_point": Recipe("ML-POINT", _learned_network, _point(1, init="prior"), query_nll()),
     "ml_laplace": Recipe(
         "ML-LAPLACE",
@@ -213,7 +221,7 @@ METHODS: dict[str, Recipe] = {
         "MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000, rate=3e-3
     ),
     "emaml_newton": Recipe(
-        "mixture of 5 MAMLs, Gauss-Newton steps", _smooth_network, _newton(5), query_nll(), num_steps=10_000, rate=3e-3
+        "mixture of 3 MAMLs, Gauss-Newton steps", _smooth_network, _newton(3), query_nll(), num_steps=10_000, rate=3e-3
     ),
     "neural_linear": Recipe(
         "neural linear, evidence",
@@ -311,9 +319,9 @@ _ABLATED: dict[str, dict[str, Any]] = {
     "as it is": {},
     "no repulsion": {"repulsion": 0.0},
     "half the repulsion": {"repulsion": 0.5},
-    "inverse multiquadric kernel": {"kernel": "imq"},
-    "a kernel per site": {"structure": "site"},
-    "a kernel per coordinate": {"structure": "coordinate"},
+    "inverse multiquadric kernel": {"kernel": "imq", "step_size": 2e-3},
+    "a kernel per site": {"structure": "site", "step_size": 1e-3},
+    "a kernel per coordinate": {"structure": "coordinate", "step_size": 1e-3},
     "1 particle": {"num_particles": 1, "step_size": 2e-3},
     "5 particles": {"num_particles": 5, "step_size": 5e-3},
     "20 particles": {"num_particles": 20, "step_size": 2e-2},
@@ -341,8 +349,8 @@ def _ablate() -> dict[str, Recipe]:
 
 
 def _fixed_precisions() -> Model:
-    """Noise of 0.1 and weights of 1 that are not inferred."""
-    fixed: dict[str, Any] = {"gamma": torch.tensor(100.0), "lam": torch.tensor(1.0)}
+    """Noise and weights of 1 that are not inferred."""
+    fixed: dict[str, Any] = {"gamma": torch.tensor(1.0), "lam": torch.tensor(1.0)}
     model: Model = poutine.do(hierarchical_regression(NETWORK), data=fixed)
     return model
 

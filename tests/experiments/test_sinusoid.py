@@ -133,12 +133,10 @@ def test_the_study_runs_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", [*METHODS, *RELEASED])
 def test_every_method_learns_and_is_scored(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One meta-step each: priors that have hardly moved predict within an order of the curves' mean square of 4.3."""
-    few = {"num_particles": 50, "num_steps": 10}
+    few = smc(num_particles=50, num_steps=10)
     recipe = RECIPES[name]
     if recipe.inference(5).name == "smc":
-        monkeypatch.setitem(
-            RECIPES, name, replace(recipe, at_test=lambda shots: smc(**few), inference=lambda shots: smc(**few))
-        )
+        monkeypatch.setitem(RECIPES, name, replace(recipe, at_test=lambda shots: few, inference=lambda shots: few))
     (found,) = next(run_cells(tmp_path, [Cell(name, 5)], TINY))
     assert found["failed"] is None
     assert 0.01 < found["scores"]["mse"] < 60

@@ -21,7 +21,7 @@ from bmaml_ppl.experiments.sinusoid.recipes import ABLATIONS, FAIR, METHODS, PIC
 from bmaml_ppl.experiments.sinusoid.run import PARTS, run_sinusoid
 from bmaml_ppl.experiments.sinusoid.scoring import draw_test_tasks, predict_curves, score_prior
 from bmaml_ppl.experiments.sinusoid.settings import QUICK, SinusoidSettings
-from bmaml_ppl.experiments.sinusoid.tables import format_methods
+from bmaml_ppl.experiments.sinusoid.tables import TABLES
 from bmaml_ppl.inference import map_estimate, smc
 from bmaml_ppl.models import hierarchical_regression
 from bmaml_ppl.objectives import query_nll
@@ -83,6 +83,8 @@ def test_a_learned_prior_is_kept_and_learned_again_only_where_the_settings_diffe
     again, told = learn_cell(tmp_path, Cell("maml", 5), TINY)
     assert told == seconds
     assert torch.equal(first.params["particles"], again.params["particles"])
+    monkeypatch.setitem(RECIPES, "maml", replace(RECIPES["maml"], at_test=RECIPES["meta_sgd"].inference))
+    assert learn_cell(tmp_path, Cell("maml", 5), TINY)[1] == seconds, "nothing is learned of what is done at test"
     with pytest.raises(TypeError):
         learn_cell(tmp_path, Cell("maml", 5), replace(TINY, effort=1e-4))
     with pytest.raises(TypeError):
@@ -140,7 +142,7 @@ def test_every_method_learns_and_is_scored(name: str, tmp_path: Path, monkeypatc
     (found,) = next(run_cells(tmp_path, [Cell(name, 5)], TINY))
     assert found["failed"] is None
     assert 0.01 < found["scores"]["mse"] < 60
-    assert format_methods([found]).count("\n") == 2
+    assert TABLES["methods"]([found]).count("\n") == 2
 
 
 def test_figures_show_every_method_and_interval() -> None:

@@ -20,10 +20,10 @@ from bmaml_ppl.learned import History, LearnedPrior
 from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.storage import load_prior
 
-__all__ = ["Cell", "learn_cell", "run_cells"]
+__all__ = ["Cell", "learn_cell", "read_json", "run_cells", "write_json"]
 
 _MOST_TASKS = 200_000
-_SHARED = (5, 10, 20)
+_SHARED_SHOTS = 20
 
 
 class Cell(NamedTuple):
@@ -86,7 +86,7 @@ def _run_cell(folder: Path, cell: Cell, settings: SinusoidSettings) -> dict[str,
         "num_query": settings.num_query,
         "num_draws": recipe.num_draws,
     }
-    kept = _read(path)
+    kept = read_json(path)
     if kept is not None and kept["asked"] == asked:
         return kept
     prior, seconds = learn_cell(folder, cell, settings)
@@ -100,7 +100,7 @@ def _run_cell(folder: Path, cell: Cell, settings: SinusoidSettings) -> dict[str,
             failed = str(error)
     told = {"learn_seconds": seconds, "device": _describe(prior.device), "failed": failed}
     found = {"asked": asked, "scores": scores, **told}
-    _write(path, found)
+    write_json(path, found)
     return found
 
 
@@ -110,9 +110,10 @@ def learn_cell(folder: Path, cell: Cell, settings: SinusoidSettings) -> tuple[Le
     Its `history.stopped` says why learning ended early, where it did.
     """
     recipe, path = _scaled(cell.recipe, settings), folder / "priors" / f"{cell.prior_name}.safetensors"
-    shots = max(_SHARED) if recipe.shares_shots else cell.shots
-    asked = {**recipe.describe(shots), "tasks": None if isinf(cell.tasks) else cell.tasks, "seed": cell.seed}
-    kept = _read(path.with_suffix(".json"))
+    shots = _SHARED_SHOTS if recipe.shares_shots else cell.shots
+    described = {name: value for name, value in recipe.describe(shots).items() if name != "at_test"}
+    asked = {**described, "tasks": None if isinf(cell.tasks) else cell.tasks, "seed": cell.seed}
+    kept = read_json(path.with_suffix(".json"))
     if kept is not None and kept["asked"] == asked and path.exists():
         prior = load_prior(path, recipe.model())
         return replace(prior, history=History(stopped=kept["stopped"])), kept["learn_seconds"]
@@ -120,7 +121,7 @@ def learn_cell(folder: Path, cell: Cell, settings: SinusoidSettings) -> tuple[Le
     path.parent.mkdir(parents=True, exist_ok=True)
     prior.save(path)
     stopped, curve = prior.history.stopped, _summarise(prior.history.loss)
-    _write(path.with_suffix(".json"), {"asked": asked, "learn_seconds": seconds, "stopped": stopped, "loss": curve})
+    write_json(path.with_suffix(".json"), {"asked": asked, "learn_seconds": seconds, "stopped": stopped, "loss": curve})
     return prior, seconds
 
 
@@ -167,7 +168,7 @@ def _describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """What a JSON file holds, None where it is not there or not whole."""
     try:
         return json.loads(path.read_text())
@@ -175,6 +176,7 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bmaml_ppl.experiments.sinusoid.tables import format_ablations, format_figure_1, format_methods
+from bmaml_ppl.experiments.sinusoid.tables import TABLES
 
 __all__ = ["fill_page"]
-
-_TABLES = {"methods": format_methods, "figure1": format_figure_1, "ablations": format_ablations}
 
 
 def fill_page(page: str, results: Mapping[str, Any]) -> str:
@@ -20,7 +18,7 @@ def fill_page(page: str, results: Mapping[str, Any]) -> str:
         page: Markdown.
         results: What `run_sinusoid` returns; a table whose part was not run stays as it is.
     """
-    for name, make in _TABLES.items():
+    for name, make in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if name in results:
             before, _, rest = page.partition(begin)

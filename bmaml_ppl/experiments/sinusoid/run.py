@@ -1,23 +1,21 @@
 """The sinusoid study: which cells each part needs, and what is made of them."""
 
-import json
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Any
 
-from bmaml_ppl.experiments.sinusoid.cells import Cell, run_cells
+from bmaml_ppl.experiments.sinusoid.cells import Cell, read_json, run_cells, write_json
 from bmaml_ppl.experiments.sinusoid.figures import draw_figure_1, draw_methods
 from bmaml_ppl.experiments.sinusoid.pictures import draw_pictures
 from bmaml_ppl.experiments.sinusoid.recipes import ABLATIONS, FAIR, METHODS, RELEASED
 from bmaml_ppl.experiments.sinusoid.settings import SinusoidSettings
-from bmaml_ppl.experiments.sinusoid.tables import format_ablations, format_figure_1, format_methods, to_csv
+from bmaml_ppl.experiments.sinusoid.tables import TABLES, to_csv
 from bmaml_ppl.files import write_atomically
 
 __all__ = ["PARTS", "run_sinusoid"]
 
 _ABLATION_SHOTS = 10
-_FORMATS = {"methods": format_methods, "figure1": format_figure_1, "ablations": format_ablations}
 _FIGURES = {"methods": draw_methods, "figure1": draw_figure_1}
 
 
@@ -77,14 +75,13 @@ def run_sinusoid(
     _check(settings)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = _read(folder / "results.json")
+    results: dict[str, Any] = read_json(folder / "results.json") or {}
     for part in settings.parts:
         if part == "pictures":
             results[part] = draw_pictures(folder, settings)
         else:
             results[part] = _run_part(folder, part, settings, report)
-        text = json.dumps(results, indent=1)
-        write_atomically(folder / "results.json", (text + "\n").encode())
+        write_json(folder / "results.json", results)
     return results
 
 
@@ -98,7 +95,7 @@ def _run_part(folder: Path, part: str, settings: SinusoidSettings, report: Calla
     order = {(cell.recipe, cell.shots, cell.tasks, cell.seed): i for i, cell in enumerate(cells)}
     found.sort(key=lambda cell: order[_key(cell["asked"])])
     _write(folder / f"{part}.csv", to_csv(found))
-    _write(folder / f"{part}.md", _FORMATS[part](found) + "\n")
+    _write(folder / f"{part}.md", TABLES[part](found) + "\n")
     if part in _FIGURES:
         _FIGURES[part]([cell for cell in found if cell["scores"] is not None]).savefig(folder / f"{part}.png", dpi=110)
     return found
@@ -129,14 +126,6 @@ def _check(settings: SinusoidSettings) -> None:
             raise ValueError(f"{name}={counts!r} must be some numbers of at least 1")
     if max(settings.shots) > 20:
         raise ValueError(f"shots={settings.shots!r}: test tasks have 20 observations to adapt to; give at most 20")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def _write(path: Path, text: str) -> None:

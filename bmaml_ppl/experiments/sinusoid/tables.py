@@ -9,7 +9,7 @@ from bmaml_ppl.experiments.sinusoid.figures import mean_and_interval, size_of
 from bmaml_ppl.experiments.sinusoid.recipes import FAIR, RECIPES, RELEASED
 from bmaml_ppl.experiments.sinusoid.scoring import Scores
 
-__all__ = ["format_ablations", "format_figure_1", "format_methods", "to_csv"]
+__all__ = ["TABLES", "to_csv"]
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -37,7 +37,7 @@ def to_csv(cells: Cells) -> str:
     return text.getvalue()
 
 
-def format_methods(cells: Cells) -> str:
+def _format_methods(cells: Cells) -> str:
     """A row for each method and K."""
     heads = ["method", "K", *_SCORES.values(), "meta-steps", "s to learn", "ms to adapt a task"]
     rows = []
@@ -50,7 +50,7 @@ def format_methods(cells: Cells) -> str:
     return _table(heads, rows)
 
 
-def format_ablations(cells: Cells) -> str:
+def _format_ablations(cells: Cells) -> str:
     """A row for each change."""
     heads = ["BMAML", *_SCORES.values(), "s to learn"]
     rows = [
@@ -64,7 +64,7 @@ def format_ablations(cells: Cells) -> str:
     return _table(heads, rows)
 
 
-def format_figure_1(cells: Cells) -> str:
+def _format_figure_1(cells: Cells) -> str:
     """A row for each method and K, a column for each number of tasks: MSE of ensembles, and of members as released."""
     sizes = sorted({size_of(cell) for cell in cells})
     heads = ["settings", "method", "K", "metric", *(_show_size(size) for size in sizes)]
@@ -105,3 +105,7 @@ def _show_scores(scores: Mapping[str, float] | None) -> list[str]:
 def _table(heads: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+TABLES = {"methods": _format_methods, "figure1": _format_figure_1, "ablations": _format_ablations}
+"""What makes a Markdown table of a part's cells, by part."""

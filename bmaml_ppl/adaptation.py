@@ -38,6 +38,7 @@ _RECORDED = (
     "_prepare",
     "_first",
     "_update",
+    "_settle",
     "_measure",
     "_score",
     "_hessian",
@@ -140,9 +141,11 @@ class Adapter:
         steps = self.inference.num_steps if num_steps is None else num_steps
         if not self.inference.implicit:
             state = self._run_from_start(prior, tasks, max(steps - self.inference.num_draws, 0))
-            return self.measure(self._collect(state, prior, tasks, min(steps, self.inference.num_draws)), prior, tasks)
+            state = self._collect(state, prior, tasks, min(steps, self.inference.num_draws))
+            return self.measure(self.settle(state, prior, tasks), prior, tasks)
         with torch.no_grad():
             state = self._run_to_optimum(self.begin(prior, tasks), prior, tasks, steps)
+            state = self.settle(state, prior, tasks)
         return self.measure(self._differentiate(state, prior, tasks), prior, tasks)
 
     def _run_from_start(self, prior: Tensors, tasks: TaskData, num_steps: int) -> Any:
@@ -171,6 +174,12 @@ class Adapter:
             if bool(((state.particles - before).abs() <= still * (1 + before.abs())).all()):
                 break
         return state
+
+    def settle(self, state: Any, prior: Tensors, tasks: TaskData) -> Any:
+        """Each task's state after what the inference does with particles that went astray."""
+        if self.inference.settle is None:
+            return state
+        return self._settle(state, dict(prior), tasks)
 
     def measure(self, state: Any, prior: Tensors, tasks: TaskData) -> Any:
         """Each task's state with what the inference measures of the density where its particles are."""
@@ -243,6 +252,11 @@ class Adapter:
         assert self.inference.prepare is not None
         prepare = self.inference.prepare
         return over_tasks(lambda task, s: prepare(s, self.log_density(prior, task)), tasks, state)
+
+    def _settle(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
+        assert self.inference.settle is not None
+        settle = self.inference.settle
+        return over_tasks(lambda task, s: settle(s, self.log_density(prior, task)), tasks, state)
 
     def _measure(self, state: Any, prior: dict[str, Tensor], tasks: TaskData) -> Any:
         assert self.inference.measure is not None

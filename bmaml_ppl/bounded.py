@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributions as td
-from pyro.distributions import constraints
+from pyro.distributions import AffineBeta, constraints
 from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.utils import _sum_rightmost
@@ -159,6 +159,12 @@ def _(fn: td.Independent, value: Tensor, x: Tensor) -> Tensor:
 def _(fn: td.Beta, value: Tensor, x: Tensor) -> Tensor:
     logs = torch.stack([logsigmoid(x), logsigmoid(-x)], -1)
     return _dirichlet(fn._dirichlet.concentration, logs)
+
+
+@log_prob_at.register
+def _(fn: AffineBeta, value: Tensor, x: Tensor) -> Tensor:
+    unit: Tensor = log_prob_at(fn.base_dist, value, x)
+    return unit - fn.scale.log()
 
 
 @log_prob_at.register

@@ -106,6 +106,8 @@ class Inference(NamedTuple):
         start: Where particles start.
         prepare: `prepare(state, log_density) -> State`, once before the first step where the start is a draw from
             the prior; None leaves it.
+        settle: `settle(state, log_density) -> State`, once after the last step and before `measure`, without gradient
+            where `implicit`: what to do with particles that went astray; None leaves them.
         measure: `measure(state, log_density) -> State`, once after the last step, differentiable: what `sample`
             needs to know of the density where the particles ended; None needs nothing. Steps can go on from it.
         log_prob: `log_prob(state, z) -> scalar`, log density of the adapted posterior at one point; None where it
@@ -130,6 +132,7 @@ class Inference(NamedTuple):
     num_steps: int
     start: Start
     prepare: Callable[[Any, LogDensity], Any] | None = None
+    settle: Callable[[Any, LogDensity], Any] | None = None
     measure: Callable[[Any, LogDensity], Any] | None = None
     log_prob: Callable[[Any, Tensor], Tensor] | None = None
     check: Callable[[LogDensity, Tensor], None] | None = None

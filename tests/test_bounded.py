@@ -53,7 +53,10 @@ def test_defaults_stay_finite(model: Callable[..., None], simulate: Callable[[],
     assert torch.tensor(prior.history.loss).isfinite().all()
 
 
-FAMILIES = {
+FAMILIES: dict[str, Any] = {
+    "AffineBeta": dist.AffineBeta(
+        torch.tensor([2.0, 0.5]), torch.tensor([1.0, 3.0]), torch.tensor(-1.0), torch.tensor([3.0, 0.2])
+    ),
     "Beta": dist.Beta(torch.tensor([2.0, 0.5]), torch.tensor([1.0, 3.0])),
     "Dirichlet": dist.Dirichlet(torch.tensor([[2.0, 0.5, 1.0], [1.0, 3.0, 0.2]])),
     "Gamma": dist.Gamma(torch.tensor([2.0, 0.5]), torch.tensor([1.0, 3.0])),
@@ -67,6 +70,16 @@ def test_densities_at_coordinates_are_those_at_values(name: str) -> None:
     value = fn.sample()
     x = bijection(fn.support).inv(value)
     torch.testing.assert_close(log_prob_at(fn, value, x), fn.log_prob(value), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("z", [-80.0, -30.0, 30.0, 80.0])
+def test_tails_of_an_interval_go_on_where_values_have_rounded(z: float) -> None:
+    fn = dist.AffineBeta(torch.tensor(0.9), torch.tensor(2.0), torch.tensor(0.0), torch.tensor(6.0))
+    x = torch.tensor(z, requires_grad=True)
+    transform = bijection(fn.support)
+    value = transform(x)
+    (slope,) = torch.autograd.grad(log_prob_at(fn, value, x) + transform.log_abs_det_jacobian(x, value), x)
+    torch.testing.assert_close(slope, torch.tensor(0.9 if z < 0 else -2.0))
 
 
 def test_equality_and_shapes() -> None:

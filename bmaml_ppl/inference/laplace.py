@@ -20,10 +20,12 @@ from bmaml_ppl.inference.precision import mahalanobis
 from bmaml_ppl.inference.prior_moments import prior_moments
 from bmaml_ppl.types import Inference, LogDensity, SiteLayout, Start
 
-__all__ = ["LaplaceState", "laplace", "log_mass", "log_prob", "measure", "prepare", "sample"]
+__all__ = ["LaplaceState", "laplace", "log_mass", "log_prob", "measure", "prepare", "sample", "settle"]
 
 _GAUSS_NEWTON_FROM = 64
 _SAME_MODE = 1e-2
+_NO_MASS = 10.0
+"""Nats below the best mode, a latent: a Gaussian that makes up for them is e^10 times as wide in each direction."""
 
 
 class LaplaceState(NamedTuple):
@@ -136,6 +138,7 @@ def laplace(
         num_steps=num_steps,
         start=init,
         prepare=partial(prepare, sites=sites) if num_particles == 1 else None,
+        settle=settle if num_particles > 1 else None,
         measure=partial(measure, curvature=curvature, form=form, sites=sites),
         log_prob=log_prob,
         check=partial(check_curvature, curvature=curvature, form=form, sites=sites),
@@ -167,6 +170,19 @@ def update(state: Any, log_density: LogDensity, *, rule: StepRule) -> ParticleSt
     """One step of `map_estimate`, Newton's or Gauss-Newton's by default."""
     state = state.point if isinstance(state, LaplaceState) else state
     return point.update(state, log_density, rule=rule)
+
+
+def settle(state: Any, log_density: LogDensity) -> ParticleState:
+    """Particles that ended where the posterior has no mass become copies of the best, a mode that counts once.
+
+    From a start far from every mode, steps may run off to where curvature and gradients are no numbers any more.
+    """
+    state = state.point if isinstance(state, LaplaceState) else state
+    particles = state.particles
+    values = vmap(exact_density(log_density))(particles.detach())
+    values = torch.where(values.isfinite(), values, -torch.inf)
+    lost = values < values.amax() - _NO_MASS * (2 + particles.shape[1])
+    return state._replace(particles=torch.where(lost.unsqueeze(1), particles[values.argmax()], particles))
 
 
 def measure(
@@ -215,13 +231,17 @@ def log_prob(state: LaplaceState, z: Tensor) -> Tensor:
 
 
 def log_mass(state: LaplaceState) -> Tensor:
-    """Log evidence of each mode, (M,), shared among those that are the same mode: their sum is the task's."""
+    """Log evidence of each mode, (M,), shared among those that are the same mode: their sum is the task's.
+
+    A mode whose curvature is no number has none.
+    """
     modes = state.particles
     if len(modes) == 1:
         return state.log_evidence
+    evidence = state.log_evidence.masked_fill(~state.log_evidence.isfinite(), -torch.inf)
     apart = vmap(lambda one, mode: vmap(lambda other: mahalanobis(one, other - mode))(modes))
     copies = (apart(state.precision, modes).detach() < _SAME_MODE * modes.shape[1]).sum(1)
-    return state.log_evidence - copies.clamp_min(1).log()
+    return evidence - copies.clamp_min(1).log()
 
 
 def _choose(log_weights: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:

@@ -121,6 +121,8 @@ def svgd(
     _check(kernel, structure, bandwidth, num_particles)
     if structure in ("moments", "anchored") and preconditioner in ("none", "adaptive"):
         raise ValueError(f'structure="{structure}" needs preconditioner="curvature", got {preconditioner!r}')
+    if preconditioner == "gauss_newton":
+        raise ValueError('svgd has no preconditioner="gauss_newton"; write "curvature", "adaptive" or "none"')
     rule = StepRule(step_size, learn_step_size, preconditioner, sites)
     if num_particles > 1:  # one particle keeps the rule of `map_estimate`
         rule = replace(rule, newton=0.5, limit=_CURVATURE_LIMIT)

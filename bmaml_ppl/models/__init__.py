@@ -4,6 +4,7 @@ from bmaml_ppl.models.context import context_network
 from bmaml_ppl.models.growth import growth_curve, smooth_growth
 from bmaml_ppl.models.linear import linear_regression
 from bmaml_ppl.models.neural_linear import neural_linear
+from bmaml_ppl.models.neural_linear_mixture import neural_linear_mixture
 from bmaml_ppl.models.pharmacokinetics import one_compartment
 from bmaml_ppl.models.radon import county_radon, radon_data, radon_houses
 from bmaml_ppl.models.regression import hierarchical_regression
@@ -20,6 +21,7 @@ __all__ = [
     "hierarchical_regression",
     "linear_regression",
     "neural_linear",
+    "neural_linear_mixture",
     "one_compartment",
     "radon_data",
     "radon_houses",

@@ -15,7 +15,7 @@ from torch.nn import functional
 from bmaml_ppl.models.inputs import as_columns, check_output
 from bmaml_ppl.types import Model
 
-__all__ = ["neural_linear"]
+__all__ = ["Activation", "check_features", "make_features", "neural_linear"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -62,12 +62,11 @@ def neural_linear(
         8; Ober and Rasmussen (2019), Benchmarking the Neural Linear Model for Regression.
     """
     _check_options(covariance, initial_scale=initial_scale, initial_noise=initial_noise)
-    features = network if isinstance(network, nn.Module) else _Perceptron(network, activation, seed)
+    features = make_features(network, activation, seed)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
         hidden = pyro.module("features", features)(x)
-        if hidden.ndim != 2 or len(hidden) != len(x):
-            raise ValueError(f"the network's output has shape {tuple(hidden.shape)}; give features ({len(x)}, H)")
+        check_features(hidden, x)
         coef = pyro.sample("coef", _coefficients(hidden, covariance, initial_scale))
         noise = pyro.param("noise", lambda: hidden.new_tensor(initial_noise), constraint=constraints.positive)
         mean = coef[0] + hidden @ coef[1:]
@@ -84,6 +83,17 @@ def _check_options(covariance: str, **positive: float) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"{name}={value!r} must be positive, in units of y")
+
+
+def make_features(network: Sequence[int] | nn.Module, activation: Activation, seed: int) -> nn.Module:
+    """The module itself, or a perceptron of these sizes."""
+    return network if isinstance(network, nn.Module) else _Perceptron(network, activation, seed)
+
+
+def check_features(hidden: Tensor, x: Tensor) -> None:
+    """Refuses features that are not (N, H)."""
+    if hidden.ndim != 2 or len(hidden) != len(x):
+        raise ValueError(f"the network's output has shape {tuple(hidden.shape)}; give features ({len(x)}, H)")
 
 
 class _Perceptron(nn.Module):

@@ -15,7 +15,7 @@ from bmaml_ppl.adaptation import Adapter, as_task_data
 from bmaml_ppl.generators import seeded
 from bmaml_ppl.inference import laplace, map_estimate
 from bmaml_ppl.inference.curvature import Arrow, dual
-from bmaml_ppl.inference.laplace import LaplaceState
+from bmaml_ppl.inference.laplace import LaplaceState, log_mass
 from bmaml_ppl.meta import meta_learn
 from bmaml_ppl.models import hierarchical_regression
 from bmaml_ppl.task_density import TaskDensity
@@ -117,6 +117,7 @@ def _run(inference: Inference, start: list[float], log_density: LogDensity) -> A
     state = inference.init({"particles": torch.tensor(start, dtype=F64).unsqueeze(-1)})
     for _ in range(inference.num_steps):
         state = inference.update(state, log_density)
+    state = state if inference.settle is None else inference.settle(state, log_density)
     assert inference.measure is not None
     return inference.measure(state, log_density)
 
@@ -140,6 +141,27 @@ def test_modes_count_once_and_by_their_evidence(start: list[float]) -> None:
     found = torch.stack([inference.log_prob(state, z) for z in mixture.unsqueeze(-1)])
     wanted = torch.stack([_two_modes(z) for z in mixture])
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6], ids=["negligible", "no number"])
+def test_a_start_that_ends_nowhere_changes_nothing(far: float) -> None:
+    def density(z: Tensor) -> Tensor:
+        return torch.where(z.abs() > 1e5, torch.nan, _two_modes(z.clamp(-20, 20)) - z.abs().clamp_min(20)).squeeze()
+
+    inference = laplace(num_particles=3)
+    with_it = _run(inference, [-4.5, 2.5, far], density)
+    torch.testing.assert_close(with_it.particles[2], with_it.particles[1])
+    without = _run(laplace(num_particles=2), [-4.5, 2.5], density)
+    torch.testing.assert_close(log_mass(with_it).logsumexp(0), log_mass(without).logsumexp(0))
+    drawn = inference.sample(with_it, 1000, torch.Generator().manual_seed(0))[:, 0]
+    assert abs(int((drawn < -1).sum()) - 300) <= 2
+
+
+def test_a_mode_whose_curvature_is_no_number_has_no_mass() -> None:
+    inference = laplace(num_particles=2)
+    state = _run(inference, [-4.5, 2.5], _two_modes)
+    state = state._replace(log_evidence=torch.tensor([torch.nan, 0.0], dtype=F64))
+    assert bool((inference.sample(state, 100, torch.Generator().manual_seed(0)) > -1).all())
 
 
 @pytest.mark.parametrize("start", STARTS, ids=["once", "several times"])

@@ -46,12 +46,17 @@ class Cell(NamedTuple):
         """Of the learned prior, which cells of several K may share."""
         shots = "" if RECIPES[self.recipe].shares_shots else f"_k{self.shots}"
         tasks = "" if isinf(self.tasks) else f"_t{self.tasks:.0f}"
-        return f"{self.recipe}{shots}{tasks}_s{self.seed}"
+        return f"{self.learner}{shots}{tasks}_s{self.seed}"
+
+    @property
+    def learner(self) -> str:
+        """Key of the recipe that learns the prior."""
+        return RECIPES[self.recipe].prior_of or self.recipe
 
     @property
     def name(self) -> str:
         """Of its scores."""
-        return f"{self.prior_name}_at{self.shots}"
+        return f"{self.prior_name.replace(self.learner, self.recipe, 1)}_at{self.shots}"
 
 
 def run_cells(folder: Path, cells: Sequence[Cell], settings: SinusoidSettings) -> Iterator[list[dict[str, Any]]]:
@@ -109,7 +114,7 @@ def learn_cell(folder: Path, cell: Cell, settings: SinusoidSettings) -> tuple[Le
 
     Its `history.stopped` says why learning ended early, where it did.
     """
-    recipe, path = _scaled(cell.recipe, settings), folder / "priors" / f"{cell.prior_name}.safetensors"
+    recipe, path = _scaled(cell.learner, settings), folder / "priors" / f"{cell.prior_name}.safetensors"
     shots = _SHARED_SHOTS if recipe.shares_shots else cell.shots
     described = {name: value for name, value in recipe.describe(shots).items() if name != "at_test"}
     asked = {**described, "tasks": None if isinf(cell.tasks) else cell.tasks, "seed": cell.seed}

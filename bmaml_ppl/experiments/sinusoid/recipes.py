@@ -9,9 +9,9 @@ from pyro import poutine
 from torch import Tensor
 
 from bmaml_ppl.datasets.sinusoid import SinusoidTasks, sine_offset, sinusoid
-from bmaml_ppl.inference import laplace, map_estimate, mean_field, platipus, smc, svgd
-from bmaml_ppl.models import context_network, hierarchical_regression, neural_linear, sinusoid_program
-from bmaml_ppl.objectives import Objective, chaser, elbo, evidence, marginal_nll, platipus_loss, query_nll
+from bmaml_ppl.inference import hmc, laplace, map_estimate, mean_field, platipus, smc, svgd
+from bmaml_ppl.models import hierarchical_regression, neural_linear, neural_linear_mixture, sinusoid_program
+from bmaml_ppl.objectives import Objective, chaser, elbo, evidence, platipus_loss, query_nll
 from bmaml_ppl.types import Inference, Model
 
 __all__ = ["ABLATIONS", "FAIR", "METHODS", "PICTURES", "RECIPES", "RELEASED", "Recipe", "make_optimizer"]
@@ -19,6 +19,12 @@ __all__ = ["ABLATIONS", "FAIR", "METHODS", "PICTURES", "RECIPES", "RELEASED", "R
 NETWORK = (1, 40, 40, 40, 1)
 NUM_PARTICLES = 10
 _KL_WEIGHT = 0.02
+_EVERY_SHOTS: dict[str, Any] = {
+    "num_points": lambda shots: 20,
+    "num_support": range(4, 20),
+    "shares_shots": True,
+}
+"""One prior for every K, learned from tasks of 20 points."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Recipe:
         max_grad_norm: Longer meta-gradients are shortened to it.
         at_test: Adaptation after training; None is that of training.
         num_draws: Of each posterior; None takes each particle once.
+        prior_of: Key of the recipe whose prior it adapts; None learns its own.
         draw_tasks: Of training.
     """
 
@@ -59,6 +66,7 @@ class Recipe:
     max_grad_norm: float = 10.0
     at_test: Callable[[int], Inference] | None = None
     num_draws: int | None = None
+    prior_of: str | None = None
     draw_tasks: Callable[..., SinusoidTasks] = sinusoid
 
     def describe(self, shots: int) -> dict[str, object]:
@@ -181,9 +189,46 @@ def _platipus(num_particles: int) -> Callable[[int], Inference]:
     return lambda shots: platipus(num_particles=num_particles, posterior_scale=0.05, **settings)
 
 
-def _many(shots: int) -> Inference:
-    return smc(num_particles=1000, num_steps=40, num_moves=6)
+def _starts(num: int, num_steps: int) -> Callable[[int], Inference]:
+    """Laplace's method from many draws of the prior, each mode weighted by its evidence."""
+    settings: dict[str, Any] = {"preconditioner": "curvature", "init": "prior"}
+    return lambda shots: laplace(num_particles=num, num_steps=num_steps, **settings)
 
+
+def _last_layer(title: str, objective: Objective, **more: Any) -> Recipe:
+    """Particles of the last layer alone, in whitened coordinates, on features that all tasks share."""
+    settings: dict[str, Any] = {"num_particles": NUM_PARTICLES, "num_steps": 5, **more}
+    return Recipe(
+        title,
+        lambda: neural_linear((1, 64, 64, 32)),
+        lambda shots: svgd(**settings),
+        objective,
+        num_steps=3_000,
+        rate=5e-3,
+        **_EVERY_SHOTS,
+    )
+
+
+_NEURAL_LINEAR = Recipe(
+    "neural linear, evidence",
+    lambda: neural_linear((1, 64, 64, 64)),
+    lambda shots: laplace(),
+    evidence(),
+    num_steps=5_000,
+    **_EVERY_SHOTS,
+    num_draws=200,
+)
+_PROGRAM = Recipe(
+    "probabilistic program",
+    sinusoid_program,
+    _starts(128, 20),
+    evidence(),
+    num_steps=300,
+    rate=0.05,
+    **_EVERY_SHOTS,
+    at_test=_starts(512, 30),
+    num_draws=200,
+)
 
 METHODS: dict[str, Recipe] = {
     "pretraining": Recipe(
@@ -191,6 +236,7 @@ METHODS: dict[str, Recipe] = {
         _network,
         _point(1, 0),
         query_nll("mean"),
+        **_EVERY_SHOTS,
         at_test=_point(1, 5, step_size=2e-4, learn_step_size="none"),
     ),
     "fomaml": Recipe("first-order MAML", _network, _point(1, learn_step_size="scalar"), query_nll(), first_order=True),
@@ -199,10 +245,12 @@ METHODS: dict[str, Recipe] = {
     "emaml": Recipe("EMAML", _network, _point(NUM_PARTICLES), query_nll("mean")),
     "bmaml_chaser": Recipe("BMAML, chaser", _network, _svgd(), chaser(1, sites=["weights"])),
     "bmaml": Recipe("BMAML, query", _network, _svgd(), query_nll("mean")),
-    "bmaml_mixture": Recipe("BMAML, query of the mixture", _network, _svgd(), query_nll()),
     "bmaml_site": Recipe(
         "BMAML, query, a kernel per site", _spread_network, _svgd(structure="site", step_size=1e-3), query_nll("mean")
     ),
+    "bmaml_last": _last_layer("BMAML, last layer, query", query_nll()),
+    "bmaml_last_chaser": _last_layer("BMAML, last layer, chaser", chaser(1)),
+    "bmaml_last_apart": _last_layer("BMAML, last layer, no repulsion", query_nll(), repulsion=0.0),
     "ml_point": Recipe("ML-POINT", _learned_network, _point(1, init="prior"), query_nll()),
     "ml_laplace": Recipe(
         "ML-LAPLACE",
@@ -220,42 +268,30 @@ METHODS: dict[str, Recipe] = {
     "maml_newton": Recipe(
         "MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000, rate=3e-3
     ),
-    "emaml_newton": Recipe(
-        "mixture of 3 MAMLs, Gauss-Newton steps", _smooth_network, _newton(3), query_nll(), num_steps=10_000, rate=3e-3
+    "neural_linear": _NEURAL_LINEAR,
+    "hmc": replace(
+        _NEURAL_LINEAR,
+        title="neural linear, HMC from its learned prior",
+        prior_of="neural_linear",
+        at_test=lambda shots: hmc(num_chains=2, num_warmup=200, num_draws=100),
     ),
-    "neural_linear": Recipe(
-        "neural linear, evidence",
-        lambda: neural_linear((1, 64, 64, 64)),
-        lambda shots: laplace(),
+    "linear_mixture": Recipe(
+        "mixture of neural linears, evidence",
+        lambda: neural_linear_mixture((1, 64, 64, 32), num_components=64, rank=8, initial_scale=3.0, initial_noise=0.3),
+        _starts(128, 4),
         evidence(),
-        num_steps=10_000,
-        num_points=lambda shots: 20,
-        num_support=range(4, 20),
-        shares_shots=True,
+        num_steps=5_000,
+        rate=3e-3,
+        **_EVERY_SHOTS,
+        at_test=_starts(256, 10),
         num_draws=200,
     ),
-    "context": Recipe(
-        "network of a context",
-        lambda: context_network((1, 64, 64, 64, 1)),
-        lambda shots: smc(num_particles=64, num_steps=25, num_moves=2),
-        marginal_nll(),
-        num_steps=5_000,
-        num_points=lambda shots: 20,
-        num_support=range(4, 20),
-        shares_shots=True,
-        at_test=_many,
-    ),
-    "program": Recipe(
-        "probabilistic program",
-        sinusoid_program,
-        lambda shots: smc(num_particles=300, num_steps=30),
-        marginal_nll(),
-        num_steps=1000,
-        rate=0.02,
-        num_points=lambda shots: 20,
-        num_support=range(4, 20),
-        shares_shots=True,
-        at_test=_many,
+    "program": _PROGRAM,
+    "program_smc": replace(
+        _PROGRAM,
+        title="probabilistic program, sequential Monte Carlo",
+        prior_of="program",
+        at_test=lambda shots: smc(num_particles=1000, num_steps=40),
     ),
 }
 """The table's rows."""

@@ -139,7 +139,7 @@ def laplace(
         start=init,
         prepare=partial(prepare, sites=sites) if num_particles == 1 else None,
         settle=settle if num_particles > 1 else None,
-        measure=partial(measure, curvature=curvature, form=form, sites=sites),
+        measure=partial(measure, curvature=curvature, form=form, sites=sites, implicit=gradient == "implicit"),
         log_prob=log_prob,
         check=partial(check_curvature, curvature=curvature, form=form, sites=sites),
         implicit=gradient == "implicit",
@@ -192,14 +192,19 @@ def measure(
     curvature: Curvature,
     form: Form,
     sites: Mapping[str, SiteLayout] | None,
+    implicit: bool = False,
 ) -> LaplaceState:
-    """The curvature at each particle, differentiable in it and in whatever the density depends on."""
+    """The curvature at each particle, differentiable in it and in whatever the density depends on.
+
+    Where gradients are those of an optimum, that of the log density with respect to the particle is zero and is left
+    out: near an optimum what is left of it would be multiplied by a derivative that only an optimum has.
+    """
     state = state.point if isinstance(state, LaplaceState) else state
     exact = exact_density(log_density)
 
     def at(z: Tensor) -> tuple[Any, ...]:
         measured = measure_curvature(exact, z, curvature, form, sites)
-        score, value = grad_and_value(exact)(z)
+        score, value = grad_and_value(exact)(z.detach() if implicit else z)
         gain = (score * measured.precision.solve(score)).detach()
         evidence = value + 0.5 * (len(z) * log(2 * pi) - measured.precision.log_det()).to(z)
         flat = measured.flat.to(torch.int64)

@@ -55,9 +55,9 @@ class Recipe:
     model: Callable[[], Model]
     inference: Callable[[int], Inference]
     objective: Objective
-    num_steps: int = 20_000
+    num_steps: int = 6_000
     batch_size: int = 10
-    rate: float = 1e-3
+    rate: float = 3e-3
     schedule: str = "cosine"
     num_points: Callable[[int], int] = lambda shots: 2 * shots
     num_support: range | None = None
@@ -215,6 +215,7 @@ _NEURAL_LINEAR = Recipe(
     lambda shots: laplace(),
     evidence(),
     num_steps=5_000,
+    rate=1e-3,
     **_EVERY_SHOTS,
     num_draws=200,
 )
@@ -263,17 +264,17 @@ METHODS: dict[str, Recipe] = {
         "ABML", _learned_network, _abml(2), elbo(_KL_WEIGHT), num_steps=4_000, at_test=_abml(10), num_draws=100
     ),
     "platipus": Recipe(
-        "PLATIPUS", _learned_network, _platipus(1), platipus_loss(_KL_WEIGHT), at_test=_platipus(100), num_steps=10_000
+        "PLATIPUS", _learned_network, _platipus(1), platipus_loss(_KL_WEIGHT), at_test=_platipus(100)
     ),
     "maml_newton": Recipe(
-        "MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000, rate=3e-3
+        "MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000
     ),
     "neural_linear": _NEURAL_LINEAR,
     "hmc": replace(
         _NEURAL_LINEAR,
         title="neural linear, HMC from its learned prior",
         prior_of="neural_linear",
-        at_test=lambda shots: hmc(num_chains=2, num_warmup=200, num_draws=100),
+        at_test=lambda shots: hmc(num_chains=2, num_warmup=600, num_draws=100, num_leapfrog=32, mass_matrix="dense"),
     ),
     "linear_mixture": Recipe(
         "mixture of neural linears, evidence",
@@ -281,7 +282,6 @@ METHODS: dict[str, Recipe] = {
         _starts(128, 4),
         evidence(),
         num_steps=5_000,
-        rate=3e-3,
         **_EVERY_SHOTS,
         at_test=_starts(256, 10),
         num_draws=200,
@@ -331,7 +331,7 @@ def _mean_squared_error(num_particles: int) -> Callable[[int], Inference]:
     return lambda shots: map_estimate(step_size=2e-3 / shots, **settings)
 
 
-_AS_RELEASED: dict[str, Any] = {"num_steps": 100_000, "schedule": "released", "max_grad_norm": 1e9}
+_AS_RELEASED: dict[str, Any] = {"num_steps": 100_000, "schedule": "released", "max_grad_norm": 1e9, "rate": 1e-3}
 
 RELEASED: dict[str, Recipe] = {
     "maml_released": Recipe("MAML", _squared_error, _mean_squared_error(1), query_nll("mean"), **_AS_RELEASED),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Recipe:
         """All that decides the result, as JSON values."""
         test = self.inference if self.at_test is None else self.at_test
         return {
+            "model": _describe_model(self.model),
             "inference": [self.inference(shots).name, self.inference(shots).config],
             "objective": str(self.objective),
             "tasks_of": self.draw_tasks.__name__,
@@ -86,6 +88,17 @@ class Recipe:
             "max_grad_norm": self.max_grad_norm,
             "at_test": [test(shots).name, test(shots).config],
         }
+
+
+def _describe_model(make: Callable[..., Model]) -> object:
+    """The factory's name and arguments, as JSON values."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else getattr(value, "__name__", value)
+
+    if not isinstance(make, partial):
+        return make.__name__
+    return [make.func.__name__, *map(plain, make.args), {name: plain(value) for name, value in make.keywords.items()}]
 
 
 def make_optimizer(recipe: Recipe) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
@@ -103,28 +116,17 @@ def make_optimizer(recipe: Recipe) -> Callable[[list[Tensor]], torch.optim.Optim
     return make
 
 
-def _network() -> Model:
-    """The same likelihood and priors for all; noise begins at 1, with which first steps are of MAML's length."""
-    return hierarchical_regression(NETWORK, initial_noise=1.0)
+_network = partial(hierarchical_regression, NETWORK, initial_noise=1.0)
+"""The same likelihood and priors for all; noise begins at 1, with which first steps are of MAML's length."""
 
+_spread_network = partial(_network, precision_spread=0.5)
+"""Precisions that start apart: where those of all particles agree, a kernel of their own flings them away."""
 
-def _spread_network() -> Model:
-    """The same with precisions that start apart: where those of all particles agree, a kernel of their own flings them
-    away from each other."""
-    return hierarchical_regression(NETWORK, initial_noise=1.0, precision_spread=0.5)
+_learned_network = partial(_network, center="learned", precisions="learned", initial_scale=0.05)
+"""A learned mean and standard deviation of each weight, and a learned noise."""
 
-
-def _learned_network() -> Model:
-    """A learned mean and standard deviation of each weight, and a learned noise."""
-    return hierarchical_regression(
-        NETWORK, center="learned", precisions="learned", initial_noise=1.0, initial_scale=0.05
-    )
-
-
-def _smooth_network() -> Model:
-    """The same with tanh, of which a linear approximation holds further, and a learned prior of a useful width."""
-    options: dict[str, Any] = {"center": "learned", "precisions": "learned", "activation": torch.tanh}
-    return hierarchical_regression(NETWORK, initial_noise=1.0, initial_scale=0.1, **options)
+_smooth_network = partial(_learned_network, initial_scale=0.1, activation=torch.tanh)
+"""With tanh, of which a linear approximation holds further, and a learned prior of a useful width."""
 
 
 def _newton(num_particles: int) -> Callable[[int], Inference]:
@@ -200,7 +202,7 @@ def _last_layer(title: str, objective: Objective, **more: Any) -> Recipe:
     settings: dict[str, Any] = {"num_particles": NUM_PARTICLES, "num_steps": 5, **more}
     return Recipe(
         title,
-        lambda: neural_linear((1, 64, 64, 32)),
+        partial(neural_linear, (1, 64, 64, 32)),
         lambda shots: svgd(**settings),
         objective,
         num_steps=3_000,
@@ -211,7 +213,7 @@ def _last_layer(title: str, objective: Objective, **more: Any) -> Recipe:
 
 _NEURAL_LINEAR = Recipe(
     "neural linear, evidence",
-    lambda: neural_linear((1, 64, 64, 64)),
+    partial(neural_linear, (1, 64, 64, 64)),
     lambda shots: laplace(),
     evidence(),
     num_steps=5_000,
@@ -263,12 +265,8 @@ METHODS: dict[str, Recipe] = {
     "abml": Recipe(
         "ABML", _learned_network, _abml(2), elbo(_KL_WEIGHT), num_steps=4_000, at_test=_abml(10), num_draws=100
     ),
-    "platipus": Recipe(
-        "PLATIPUS", _learned_network, _platipus(1), platipus_loss(_KL_WEIGHT), at_test=_platipus(100)
-    ),
-    "maml_newton": Recipe(
-        "MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000
-    ),
+    "platipus": Recipe("PLATIPUS", _learned_network, _platipus(1), platipus_loss(_KL_WEIGHT), at_test=_platipus(100)),
+    "maml_newton": Recipe("MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000),
     "neural_linear": _NEURAL_LINEAR,
     "hmc": replace(
         _NEURAL_LINEAR,
@@ -278,12 +276,14 @@ METHODS: dict[str, Recipe] = {
     ),
     "linear_mixture": Recipe(
         "mixture of neural linears, evidence",
-        lambda: neural_linear_mixture((1, 64, 64, 32), num_components=64, rank=8, initial_scale=3.0, initial_noise=0.3),
-        _starts(128, 4),
+        partial(
+            neural_linear_mixture, (1, 64, 64, 32), num_components=48, rank=6, initial_scale=3.0, initial_noise=0.3
+        ),
+        _starts(96, 5),
         evidence(),
-        num_steps=5_000,
+        num_steps=4_000,
         **_EVERY_SHOTS,
-        at_test=_starts(256, 10),
+        at_test=_starts(144, 20),
         num_draws=200,
     ),
     "program": _PROGRAM,
@@ -340,7 +340,7 @@ RELEASED: dict[str, Recipe] = {
     ),
     "bmaml_released": Recipe(
         "BMAML",
-        lambda: hierarchical_regression(NETWORK),
+        partial(hierarchical_regression, NETWORK),
         _svgd(num_steps=1, step_size=1e-3, learn_step_size="none", bandwidth="released", repulsion=0.5),
         chaser(1, sites=["weights"]),
         **_AS_RELEASED,

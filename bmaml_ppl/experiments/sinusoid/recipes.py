@@ -136,15 +136,18 @@ def _newton(num_particles: int) -> Callable[[int], Inference]:
 
 
 def _point(num_particles: int, num_steps: int = 5, **more: Any) -> Callable[[int], Inference]:
-    """Gradient ascent of independent particles, with one learned step size a weight."""
-    settings: dict[str, Any] = {
-        "step_size": 2e-3,
-        "preconditioner": "none",
-        "learn_step_size": "parameter",
-        "init": "free",
-        **more,
-    }
-    return lambda shots: map_estimate(num_particles=num_particles, num_steps=num_steps, **settings)
+    """Gradient ascent of independent particles, with one learned step size a weight.
+
+    The log density is a sum over K observations: steps begin at .02 / K, of .01 along the mean squared error's gradient,
+    and at .002 at most, above which the weights' precision overshoots.
+    """
+    settings: dict[str, Any] = {"preconditioner": "none", "learn_step_size": "parameter", "init": "free"}
+
+    def make(shots: int) -> Inference:
+        chosen = {**settings, "step_size": min(0.02 / shots, 2e-3), **more}
+        return map_estimate(num_particles=num_particles, num_steps=num_steps, **chosen)
+
+    return make
 
 
 def _svgd(**more: Any) -> Callable[[int], Inference]:
@@ -193,8 +196,7 @@ def _platipus(num_particles: int) -> Callable[[int], Inference]:
 
 def _starts(num: int, num_steps: int) -> Callable[[int], Inference]:
     """Laplace's method from many draws of the prior, each mode weighted by its evidence."""
-    settings: dict[str, Any] = {"preconditioner": "curvature", "init": "prior"}
-    return lambda shots: laplace(num_particles=num, num_steps=num_steps, **settings)
+    return lambda shots: laplace(num_particles=num, num_steps=num_steps, preconditioner="curvature", init="prior")
 
 
 def _last_layer(title: str, objective: Objective, **more: Any) -> Recipe:

@@ -35,5 +35,5 @@ class SinusoidSettings:
     device: str = "auto"
 
 
-QUICK = SinusoidSettings(shots=(5,), tasks=(100,), seeds=(0,), num_test_tasks=50, num_query=50, effort=0.005)
-"""A miniature of a few minutes: all parts, with a two-hundredth of the meta-steps."""
+QUICK = SinusoidSettings(shots=(5,), tasks=(100,), seeds=(0,), num_test_tasks=50, num_query=50, effort=0.001)
+"""A miniature of a few minutes: all parts, with a thousandth of the meta-steps."""

@@ -5,11 +5,11 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bmaml_ppl.experiments.sinusoid.figures import mean_and_interval, size_of
+from bmaml_ppl.experiments.sinusoid.figures import PUBLISHED, mean_and_interval, size_of
 from bmaml_ppl.experiments.sinusoid.recipes import FAIR, RECIPES, RELEASED
 from bmaml_ppl.experiments.sinusoid.scoring import Scores
 
-__all__ = ["TABLES", "to_csv"]
+__all__ = ["TABLES", "format_headline", "to_csv"]
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -20,6 +20,7 @@ _SCORES = {
     "calibration": "calibration error",
     "coverage90": "90 % coverage",
 }
+_HEADLINE = ("mse", "nll", "coverage90")
 
 
 def to_csv(cells: Cells) -> str:
@@ -48,6 +49,31 @@ def _format_methods(cells: Cells) -> str:
         last = [f"{asked['num_steps']:,}", f"{cell['learn_seconds']:,.0f}", adapt]
         rows.append([RECIPES[asked["recipe"]].title, asked["shots"], *numbers, *last])
     return _table(heads, rows)
+
+
+def format_headline(cells: Cells) -> str:
+    """The rows that published numbers exist for, or the limit, with all K in a line."""
+    shots = sorted({cell["asked"]["shots"] for cell in cells})
+    lines: list[tuple[str, str | None, str | None]] = [
+        ("BMAML (of the last layer, as published)", "BMAML, published", "bmaml_last"),
+        ("best learner without the formula", "best learner, published", "linear_mixture"),
+        ("probabilistic program", None, "program"),
+        ("Bayes limit: the formula and the prior known", "Bayes limit", None),
+    ]
+    told = " / ".join(map(str, shots))
+    heads = [f"K = {told}", "MSE, published", "MSE, here", "NLL", "90 % coverage"]
+    rows = []
+    for title, published, recipe in lines:
+        known = [_shorten(PUBLISHED[published][k]) for k in shots] if published else []
+        scores = {c["asked"]["shots"]: c["scores"] for c in cells if c["asked"]["recipe"] == recipe and c["scores"]}
+        here = [[_shorten(scores[k][name]) if k in scores else "" for k in shots] for name in _HEADLINE if recipe]
+        rows.append([title, *(" / ".join(values) for values in (known, *(here or [[]] * len(_HEADLINE))))])
+    return _table(heads, rows)
+
+
+def _shorten(value: float) -> str:
+    digits = f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+    return digits.replace("0.", ".", 1) if digits.lstrip("-").startswith("0.") else digits
 
 
 def _format_ablations(cells: Cells) -> str:

@@ -12,7 +12,12 @@ nbformat: Any = pytest.importorskip("nbformat", reason='notebooks need nbformat:
 nbclient: Any = pytest.importorskip("nbclient", reason='notebooks need nbclient: pip install "bmaml-ppl[notebooks]"')
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = ["01_declare_a_task_model", "02_laplace_and_hierarchical_bayes", "03_diagnose_with_arviz"]
+NOTEBOOKS = [
+    "01_declare_a_task_model",
+    "02_laplace_and_hierarchical_bayes",
+    "03_diagnose_with_arviz",
+    "04_sinusoid",
+]
 
 MAX_CODE_CELLS, MIN_PICTURES, MAX_BYTES = 24, 3, 700_000
 MACHINE_PATH = re.compile(

@@ -138,7 +138,7 @@ def _newton(num_particles: int) -> Callable[[int], Inference]:
 def _point(num_particles: int, num_steps: int = 5, **more: Any) -> Callable[[int], Inference]:
     """Gradient ascent of independent particles, with one learned step size a weight.
 
-    The log density is a sum over K observations: steps begin at .02 / K, of .01 along the mean squared error's gradient,
+    The density is a sum over K observations: steps begin at .02 / K, of .01 along the mean squared error's gradient,
     and at .002 at most, above which the weights' precision overshoots.
     """
     settings: dict[str, Any] = {"preconditioner": "none", "learn_step_size": "parameter", "init": "free"}
@@ -244,7 +244,7 @@ METHODS: dict[str, Recipe] = {
         **_EVERY_SHOTS,
         at_test=_point(1, 5, step_size=2e-4, learn_step_size="none"),
     ),
-    "fomaml": Recipe("first-order MAML", _network, _point(1, learn_step_size="scalar"), query_nll(), first_order=True),
+    "fomaml": Recipe("first-order MAML", _network, _point(1, learn_step_size="none"), query_nll(), first_order=True),
     "maml": Recipe("MAML", _network, _point(1, learn_step_size="scalar"), query_nll()),
     "meta_sgd": Recipe("Meta-SGD", _network, _point(1), query_nll()),
     "emaml": Recipe("EMAML", _network, _point(NUM_PARTICLES), query_nll("mean")),

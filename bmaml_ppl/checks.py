@@ -3,7 +3,7 @@
 from numbers import Integral
 from typing import Any
 
-__all__ = ["check_count"]
+__all__ = ["check_count", "check_positive"]
 
 
 def check_count(name: str, value: Any, *, least: int) -> None:
@@ -17,3 +17,14 @@ def check_count(name: str, value: Any, *, least: int) -> None:
         raise TypeError(f"{name}={value!r} is {type(value).__name__}; give a whole number of at least {least}")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_positive(**given: float) -> None:
+    """Refuses numbers that are not above zero, by the argument's name.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, value in given.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be positive")

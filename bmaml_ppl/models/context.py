@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bmaml_ppl.checks import check_positive
 from bmaml_ppl.generators import seeded
 from bmaml_ppl.models.inputs import as_columns, check_output
 from bmaml_ppl.types import Model
@@ -58,8 +59,7 @@ def context_network(
         raise ValueError(f"network={network!r} needs at least three sizes of at least 1, the last 1: (1, 64, 64, 1)")
     if num_context < 1:
         raise ValueError(f"num_context={num_context!r} must be at least 1")
-    if not initial_noise > 0:
-        raise ValueError(f"initial_noise={initial_noise!r} must be positive")
+    check_positive(initial_noise=initial_noise)
     steered = _Steered(network, num_context, activation, initial_noise, seed)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from bmaml_ppl.checks import check_positive
 from bmaml_ppl.models.inputs import check_output
 from bmaml_ppl.models.neural_linear import Activation, check_features, make_features
 from bmaml_ppl.types import Model
@@ -64,10 +65,7 @@ def neural_linear_mixture(
         Tipping and Bishop (1999), Mixtures of Probabilistic Principal Component Analyzers, for the mixture; Jerfel et
         al. (2019), Reconciling Meta-Learning and Continual Learning with Online Mixtures of Tasks, for kinds of tasks.
     """
-    positive = {"num_components": num_components, "rank": rank}
-    for name, value in {**positive, "initial_scale": initial_scale, "initial_noise": initial_noise}.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value!r} must be positive")
+    check_positive(num_components=num_components, rank=rank, initial_scale=initial_scale, initial_noise=initial_noise)
     features = make_features(network, activation, seed)
     kinds = torch.arange(float(num_components), dtype=torch.float64)
 

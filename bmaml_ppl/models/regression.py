@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from torch.func import functional_call
 from torch.nn import functional
 
+from bmaml_ppl.checks import check_positive
 from bmaml_ppl.models.inputs import as_columns, check_output
 from bmaml_ppl.types import Model
 
@@ -113,9 +114,7 @@ def _check_options(center: str, precisions: str, **positive: float) -> None:
         raise ValueError(f'center={center!r} is not known; choose "zero" or "learned"')
     if precisions not in ("latent", "learned"):
         raise ValueError(f'precisions={precisions!r} is not known; choose "latent" or "learned"')
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value!r} must be positive")
+    check_positive(**positive)
 
 
 def _start(draw: Callable[[], Tensor], **more: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from bmaml_ppl.checks import check_positive
 from bmaml_ppl.types import Model
 
 __all__ = ["sinusoid_program"]
@@ -38,14 +39,9 @@ def sinusoid_program(
     Reference:
         Yoon et al. (2018), Bayesian Model-Agnostic Meta-Learning, section 5.1, and its released code, for the family.
     """
-    given = {
-        "largest_amplitude": largest_amplitude,
-        "highest_frequency": highest_frequency,
-        "initial_noise": initial_noise,
-    }
-    for option, value in given.items():
-        if not value > 0:
-            raise ValueError(f"{option}={value!r} must be positive")
+    check_positive(
+        largest_amplitude=largest_amplitude, highest_frequency=highest_frequency, initial_noise=initial_noise
+    )
     intervals = {"amplitude": largest_amplitude, "frequency": highest_frequency, "phase": 2 * pi}
     # Made once: a recording cannot tell that tensors which each run makes anew are the same.
     zero, ends = torch.zeros(()), {name: torch.tensor(end, dtype=torch.float64) for name, end in intervals.items()}

@@ -42,21 +42,24 @@ class Cell(NamedTuple):
     seed: int = 0
 
     @property
-    def prior_name(self) -> str:
-        """Of the learned prior, which cells of several K may share."""
-        shots = "" if RECIPES[self.recipe].shares_shots else f"_k{self.shots}"
-        tasks = "" if isinf(self.tasks) else f"_t{self.tasks:.0f}"
-        return f"{self.learner}{shots}{tasks}_s{self.seed}"
-
-    @property
     def learner(self) -> str:
         """Key of the recipe that learns the prior."""
         return RECIPES[self.recipe].prior_of or self.recipe
 
     @property
+    def prior_name(self) -> str:
+        """Of the learned prior, which cells of several K may share."""
+        return self._name_of(self.learner)
+
+    @property
     def name(self) -> str:
         """Of its scores."""
-        return f"{self.prior_name.replace(self.learner, self.recipe, 1)}_at{self.shots}"
+        return f"{self._name_of(self.recipe)}_at{self.shots}"
+
+    def _name_of(self, recipe: str) -> str:
+        shots = "" if RECIPES[recipe].shares_shots else f"_k{self.shots}"
+        tasks = "" if isinf(self.tasks) else f"_t{self.tasks:.0f}"
+        return f"{recipe}{shots}{tasks}_s{self.seed}"
 
 
 def run_cells(folder: Path, cells: Sequence[Cell], settings: SinusoidSettings) -> Iterator[list[dict[str, Any]]]:

@@ -129,10 +129,9 @@ _smooth_network = partial(_learned_network, initial_scale=0.1, activation=torch.
 """With tanh, of which a linear approximation holds further, and a learned prior of a useful width."""
 
 
-def _newton(num_particles: int) -> Callable[[int], Inference]:
-    """Three Gauss-Newton steps from learned starts."""
-    settings: dict[str, Any] = {"num_steps": 3, "step_size": 1.0, "preconditioner": "gauss_newton", "init": "free"}
-    return lambda shots: map_estimate(num_particles=num_particles, **settings)
+def _newton(shots: int) -> Inference:
+    """Three Gauss-Newton steps from a learned start."""
+    return map_estimate(num_steps=3, step_size=1.0, preconditioner="gauss_newton", init="free")
 
 
 def _point(num_particles: int, num_steps: int = 5, **more: Any) -> Callable[[int], Inference]:
@@ -268,7 +267,7 @@ METHODS: dict[str, Recipe] = {
         "ABML", _learned_network, _abml(2), elbo(_KL_WEIGHT), num_steps=4_000, at_test=_abml(10), num_draws=100
     ),
     "platipus": Recipe("PLATIPUS", _learned_network, _platipus(1), platipus_loss(_KL_WEIGHT), at_test=_platipus(100)),
-    "maml_newton": Recipe("MAML, Gauss-Newton steps", _smooth_network, _newton(1), query_nll(), num_steps=10_000),
+    "maml_newton": Recipe("MAML, Gauss-Newton steps", _smooth_network, _newton, query_nll(), num_steps=10_000),
     "neural_linear": _NEURAL_LINEAR,
     "hmc": replace(
         _NEURAL_LINEAR,

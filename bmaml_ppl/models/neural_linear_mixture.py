@@ -17,6 +17,7 @@ from bmaml_ppl.types import Model
 __all__ = ["neural_linear_mixture"]
 
 _WIDTH = 0.05
+_SHARED = 0.1
 
 
 def neural_linear_mixture(
@@ -32,20 +33,21 @@ def neural_linear_mixture(
     r"""A task's function is a random combination of R functions, which of G sets of them is the task's own choice.
 
     .. math::
-        k \sim Categorical(\pi), \quad \log s \sim N(m, v^2), \quad c \sim N(0, s^2 I_R), \quad
+        k \sim Categorical(.9 \pi + .1 / G), \quad \log s \sim N(m, v^2), \quad c \sim N(0, s^2 I_R), \quad
         y_i \sim N\bigl(h(x_i)^T B_k c, (\rho s)^2\bigr)
 
     Given k and s, the posterior of c is Gaussian: tasks of one kind are a neural linear regression of rank R with noise
     in proportion to their size. Tasks that no linear combination of a few functions holds, curves of any frequency for
     example, are of many kinds. `laplace(num_particles=...)` weighs the kinds by their evidence, `evidence()` learns
-    them.
+    them. A tenth of the prior is shared by all kinds equally: where starts are drawn from learned weights alone, the
+    kinds that many tasks took first get the starts, and with them the tasks.
 
     The kind is a number, k plus N(0, .05^2), rounded where it is used: gradients and Gaussian approximations know
     numbers only, and with as many starts as kinds or some times as many (`init="prior"`) nothing is lost by it.
 
     The returned model is `model(x, y=None)` with x (N,) or (N, d_in) and y (N,), best standardised. Latent sites:
     `kind`; `scale` s; `coef` c, (R,). Meta-learned: the network's weights, registered as "features"; `basis` B,
-    (G, H + 1, R), the intercept first; `kind_logits`; `scale_loc` m, `scale_sd` v, and `noise_ratio` rho.
+    (G, H + 1, R), the intercept first; `kind_logits`, of pi; `scale_loc` m, `scale_sd` v, and `noise_ratio` rho.
 
     Args:
         network: Layer sizes of a perceptron, whose last is the number H of features, or a module; see `neural_linear`.
@@ -91,8 +93,9 @@ def neural_linear_mixture(
 
 
 def _near(kinds: Tensor, logits: Tensor) -> dist.MixtureSameFamily:
+    weights = (1 - _SHARED) * logits.softmax(0) + _SHARED / len(kinds)
     width = kinds.new_full(kinds.shape, _WIDTH)
-    return dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(kinds, width))
+    return dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(kinds, width))
 
 
 def _parameter(name: str, like: Tensor, start: Callable[[], Tensor]) -> Tensor:

@@ -116,13 +116,23 @@ def make_optimizer(recipe: Recipe) -> Callable[[list[Tensor]], torch.optim.Optim
     return make
 
 
-_network = partial(hierarchical_regression, NETWORK, initial_noise=1.0)
-"""The same likelihood and priors for all; noise begins at 1, with which first steps are of MAML's length."""
+def _given(known: dict[str, float], **more: Any) -> Model:
+    """A network some of whose precisions are known; noise begins at 1, with which first steps are of MAML's length."""
+    fixed: dict[str, Any] = {name: torch.tensor(value) for name, value in known.items()}
+    model: Model = poutine.do(hierarchical_regression(NETWORK, **{"initial_noise": 1.0, **more}), data=fixed)
+    return model
+
+
+_network = partial(_given, {"lam": 1.0})
+"""The same likelihood and priors for all. The weights' precision, which 3,401 weights determine, is too stiff a latent
+for gradient steps as long as weights need: with it, learning is slow, or lost when it overshoots."""
 
 _spread_network = partial(_network, precision_spread=0.5)
-"""Precisions that start apart: where those of all particles agree, a kernel of their own flings them away."""
+"""Noise that starts apart: where that of all particles agrees, a kernel of its own flings it away."""
 
-_learned_network = partial(_network, center="learned", precisions="learned", initial_scale=0.05)
+_learned_network = partial(
+    hierarchical_regression, NETWORK, initial_noise=1.0, center="learned", precisions="learned", initial_scale=0.05
+)
 """A learned mean and standard deviation of each weight, and a learned noise."""
 
 _smooth_network = partial(_learned_network, initial_scale=0.1, activation=torch.tanh)
@@ -134,43 +144,34 @@ def _newton(shots: int) -> Inference:
     return map_estimate(num_steps=3, step_size=1.0, preconditioner="gauss_newton", init="free")
 
 
-def _point(num_particles: int, num_steps: int = 5, **more: Any) -> Callable[[int], Inference]:
+_LEARNED: dict[str, Any] = {"num_steps": 5, "preconditioner": "none", "learn_step_size": "parameter", "init": "free"}
+
+
+def _point(num_particles: int, **more: Any) -> Callable[[int], Inference]:
     """Gradient ascent of independent particles, with one learned step size a weight.
 
-    The density is a sum over K observations: steps begin at .02 / K, of .01 along the mean squared error's gradient,
-    and at .002 at most, above which the weights' precision overshoots.
+    The density is a sum over K observations: steps begin at .02 / K, of .01 along the mean squared error's gradient.
     """
-    settings: dict[str, Any] = {"preconditioner": "none", "learn_step_size": "parameter", "init": "free"}
-
-    def make(shots: int) -> Inference:
-        chosen = {**settings, "step_size": min(0.02 / shots, 2e-3), **more}
-        return map_estimate(num_particles=num_particles, num_steps=num_steps, **chosen)
-
-    return make
+    return lambda shots: map_estimate(num_particles=num_particles, **{**_LEARNED, "step_size": 0.02 / shots, **more})
 
 
-def _svgd(**more: Any) -> Callable[[int], Inference]:
-    settings: dict[str, Any] = {
-        "num_particles": NUM_PARTICLES,
-        "num_steps": 5,
-        "step_size": 1e-2,
-        "preconditioner": "none",
-        "learn_step_size": "parameter",
-        "structure": "joint",
-        "init": "free",
-        **more,
-    }
-    return lambda shots: svgd(**settings)
+def _svgd(num_particles: int = NUM_PARTICLES, **more: Any) -> Callable[[int], Inference]:
+    """SVGD with one kernel; its direction is a mean over the particles, so that steps are as many times longer."""
+    settings: dict[str, Any] = {"num_particles": num_particles, "structure": "joint", **_LEARNED, **more}
+    return lambda shots: svgd(**{"step_size": 0.02 * num_particles / shots, **settings})
+
+
+_ADAPTIVE: dict[str, Any] = {
+    "num_steps": 5,
+    "step_size": 2e-2,
+    "preconditioner": "adaptive",
+    "learn_step_size": "parameter",
+}
+"""Steps that no coordinate overshoots with."""
 
 
 def _laplace(shots: int) -> Inference:
-    settings: dict[str, Any] = {
-        "num_steps": 5,
-        "step_size": 2e-3,
-        "learn_step_size": "parameter",
-        "preconditioner": "none",
-    }
-    return laplace(gradient="unrolled", init="prior", **settings)
+    return laplace(gradient="unrolled", init="prior", **_ADAPTIVE)
 
 
 def _abml(num_particles: int) -> Callable[[int], Inference]:
@@ -184,13 +185,7 @@ def _abml(num_particles: int) -> Callable[[int], Inference]:
 
 
 def _platipus(num_particles: int) -> Callable[[int], Inference]:
-    settings: dict[str, Any] = {
-        "num_steps": 5,
-        "step_size": 4e-3,
-        "learn_step_size": "parameter",
-        "preconditioner": "none",
-    }
-    return lambda shots: platipus(num_particles=num_particles, posterior_scale=0.05, **settings)
+    return lambda shots: platipus(num_particles=num_particles, posterior_scale=0.05, **_ADAPTIVE)
 
 
 def _starts(num: int, num_steps: int) -> Callable[[int], Inference]:
@@ -238,24 +233,24 @@ METHODS: dict[str, Recipe] = {
     "pretraining": Recipe(
         "multi-task pretraining",
         _network,
-        _point(1, 0),
+        _point(1, num_steps=0),
         query_nll("mean"),
         **_EVERY_SHOTS,
-        at_test=_point(1, 5, step_size=2e-4, learn_step_size="none"),
+        at_test=_point(1, step_size=2e-4, learn_step_size="none"),
     ),
     "fomaml": Recipe("first-order MAML", _network, _point(1, learn_step_size="none"), query_nll(), first_order=True),
     "maml": Recipe("MAML", _network, _point(1, learn_step_size="scalar"), query_nll()),
     "meta_sgd": Recipe("Meta-SGD", _network, _point(1), query_nll()),
     "emaml": Recipe("EMAML", _network, _point(NUM_PARTICLES), query_nll("mean")),
-    "bmaml_chaser": Recipe("BMAML, chaser", _network, _svgd(), chaser(1, sites=["weights"])),
+    "bmaml_chaser": Recipe("BMAML, chaser", _network, _svgd(learn_step_size="none"), chaser(1, sites=["weights"])),
     "bmaml": Recipe("BMAML, query", _network, _svgd(), query_nll("mean")),
     "bmaml_site": Recipe(
-        "BMAML, query, a kernel per site", _spread_network, _svgd(structure="site", step_size=1e-3), query_nll("mean")
+        "BMAML, query, a kernel per site", _spread_network, _svgd(structure="site"), query_nll("mean")
     ),
     "bmaml_last": _last_layer("BMAML, last layer, query", query_nll()),
     "bmaml_last_chaser": _last_layer("BMAML, last layer, chaser", chaser(1)),
     "bmaml_last_apart": _last_layer("BMAML, last layer, no repulsion", query_nll(), repulsion=0.0),
-    "ml_point": Recipe("ML-POINT", _learned_network, _point(1, init="prior"), query_nll()),
+    "ml_point": Recipe("ML-POINT", _learned_network, _point(1, **_ADAPTIVE, init="prior"), query_nll()),
     "ml_laplace": Recipe(
         "ML-LAPLACE",
         _learned_network,
@@ -278,11 +273,12 @@ METHODS: dict[str, Recipe] = {
     "linear_mixture": Recipe(
         "mixture of neural linears, evidence",
         partial(
-            neural_linear_mixture, (1, 64, 64, 32), num_components=48, rank=6, initial_scale=3.0, initial_noise=0.3
+            neural_linear_mixture, (1, 64, 64, 32), num_components=24, rank=6, initial_scale=3.0, initial_noise=0.3
         ),
-        _starts(96, 5),
+        _starts(72, 6),
         evidence(),
-        num_steps=4_000,
+        num_steps=3_500,
+        batch_size=20,
         **_EVERY_SHOTS,
         at_test=_starts(144, 20),
         num_draws=200,
@@ -303,9 +299,9 @@ PICTURES: dict[str, Recipe] = {
     "offset_pretraining": Recipe(
         "multi-task pretraining",
         _network,
-        _point(1, 0),
+        _point(1, num_steps=0),
         query_nll("mean"),
-        at_test=_point(1, 1, step_size=2e-4, learn_step_size="none"),
+        at_test=_point(1, num_steps=1, step_size=2e-4, learn_step_size="none"),
         **_FEW,
     ),
     "offset_maml": Recipe("MAML", _network, _point(1, learn_step_size="scalar"), query_nll(), **_FEW),
@@ -314,11 +310,8 @@ PICTURES: dict[str, Recipe] = {
 """What the pictures are drawn with, on y = a sin(b x) + c."""
 
 
-def _squared_error() -> Model:
-    """A network with unit noise and no prior to speak of: the log density is minus half the squared error."""
-    fixed: dict[str, Any] = {"gamma": torch.tensor(1.0), "lam": torch.tensor(1e-6)}
-    model: Model = poutine.do(hierarchical_regression(NETWORK), data=fixed)
-    return model
+_squared_error = partial(_given, {"gamma": 1.0, "lam": 1e-6})
+"""Unit noise and no prior to speak of: the log density is minus half the squared error."""
 
 
 def _mean_squared_error(num_particles: int) -> Callable[[int], Inference]:
@@ -332,6 +325,12 @@ def _mean_squared_error(num_particles: int) -> Callable[[int], Inference]:
     return lambda shots: map_estimate(step_size=2e-3 / shots, **settings)
 
 
+_RELEASED_STEP: dict[str, Any] = {
+    "num_steps": 1,
+    "step_size": 1e-3,
+    "preconditioner": "none",
+    "learn_step_size": "none",
+}
 _AS_RELEASED: dict[str, Any] = {"num_steps": 100_000, "schedule": "released", "max_grad_norm": 1e9, "rate": 1e-3}
 
 RELEASED: dict[str, Recipe] = {
@@ -342,26 +341,28 @@ RELEASED: dict[str, Recipe] = {
     "bmaml_released": Recipe(
         "BMAML",
         partial(hierarchical_regression, NETWORK),
-        _svgd(num_steps=1, step_size=1e-3, learn_step_size="none", bandwidth="released", repulsion=0.5),
+        _svgd(**_RELEASED_STEP, bandwidth="released", repulsion=0.5),
         chaser(1, sites=["weights"]),
         **_AS_RELEASED,
     ),
 }
 """Figure 1's methods with the settings of the authors' code: a squared error for two, a noise model for the third."""
 
-FAIR = ("maml", "emaml", "bmaml_chaser", "bmaml")
+FAIR = ("meta_sgd", "emaml", "bmaml_chaser", "bmaml")
 """Figure 1's methods with one likelihood and prior, and learned step sizes for all."""
 
 _ABLATED: dict[str, dict[str, Any]] = {
     "as it is": {},
     "no repulsion": {"repulsion": 0.0},
     "half the repulsion": {"repulsion": 0.5},
-    "inverse multiquadric kernel": {"kernel": "imq", "step_size": 2e-3},
-    "a kernel per site": {"structure": "site", "step_size": 1e-3},
-    "a kernel per coordinate": {"structure": "coordinate", "step_size": 1e-3},
-    "1 particle": {"num_particles": 1, "step_size": 2e-3},
-    "5 particles": {"num_particles": 5, "step_size": 5e-3},
-    "20 particles": {"num_particles": 20, "step_size": 2e-2},
+    "a narrow kernel: particles all but independent": {"bandwidth": 10.0},
+    "the released bandwidth": {"bandwidth": "released"},
+    "inverse multiquadric kernel": {"kernel": "imq"},
+    "a kernel per site": {"structure": "site"},
+    "a kernel per coordinate": {"structure": "coordinate"},
+    "1 particle": {"num_particles": 1},
+    "5 particles": {"num_particles": 5},
+    "20 particles": {"num_particles": 20},
     "1 step": {"num_steps": 1},
     "10 steps": {"num_steps": 10},
     "fixed step size": {"learn_step_size": "none"},
@@ -374,22 +375,21 @@ def _ablate() -> dict[str, Recipe]:
         f"ablated_{i}": Recipe(title, _network, _svgd(**changed), query_nll("mean"))
         for i, (title, changed) in enumerate(_ABLATED.items())
     }
+    # A chaser that may choose the steps makes leader and follower agree by hardly moving.
+    fixed, adaptive = _svgd(learn_step_size="none"), _svgd(**_ADAPTIVE)
     others = {
-        "chaser, 1 leader step": Recipe("", _network, _svgd(), chaser(1, sites=["weights"])),
-        "chaser, 5 leader steps": Recipe("", _network, _svgd(), chaser(5, sites=["weights"])),
-        "chaser and query": Recipe("", _network, _svgd(), chaser(1, sites=["weights"]) + query_nll("mean")),
+        "fixed step size, chaser, 1 leader step": Recipe("", _network, fixed, chaser(1, sites=["weights"])),
+        "fixed step size, chaser, 5 leader steps": Recipe("", _network, fixed, chaser(5, sites=["weights"])),
+        "fixed step size, chaser and query": Recipe(
+            "", _network, fixed, chaser(1, sites=["weights"]) + query_nll("mean")
+        ),
         "query of the mixture": Recipe("", _network, _svgd(), query_nll()),
-        "precisions fixed": Recipe("", _fixed_precisions, _svgd(), query_nll("mean")),
+        "noise of 1, not inferred": Recipe("", partial(_given, {"gamma": 1.0, "lam": 1.0}), _svgd(), query_nll("mean")),
+        "adaptive steps": Recipe("", _network, adaptive, query_nll("mean")),
+        "adaptive steps, weights' precision inferred": Recipe("", partial(_given, {}), adaptive, query_nll("mean")),
     }
     later = enumerate(others.items(), len(found))
     return found | {f"ablated_{i}": replace(recipe, title=title) for i, (title, recipe) in later}
-
-
-def _fixed_precisions() -> Model:
-    """Noise and weights of 1 that are not inferred."""
-    fixed: dict[str, Any] = {"gamma": torch.tensor(1.0), "lam": torch.tensor(1.0)}
-    model: Model = poutine.do(hierarchical_regression(NETWORK), data=fixed)
-    return model
 
 
 ABLATIONS = _ablate()

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bmaml_ppl.evaluation import run_jobs
-from bmaml_ppl.experiments.sinusoid.recipes import RECIPES, Recipe, make_optimizer
+from bmaml_ppl.experiments.sinusoid.recipe import Recipe, make_optimizer
+from bmaml_ppl.experiments.sinusoid.recipes import RECIPES
 from bmaml_ppl.experiments.sinusoid.scoring import TestTasks, draw_test_tasks, score_prior
 from bmaml_ppl.experiments.sinusoid.settings import SinusoidSettings
 from bmaml_ppl.files import write_atomically

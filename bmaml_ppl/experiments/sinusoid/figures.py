@@ -44,11 +44,11 @@ def draw_figure_1(cells: Cells) -> Figure:
     """
     shots = sorted({cell["asked"]["shots"] for cell in cells})
     figure = Figure(figsize=(4.4 * len(shots) + 1, 7.4), layout="constrained")
-    axes = figure.subplots(2, len(shots), squeeze=False, sharex=True)
-    for row, (names, title) in enumerate(((tuple(RELEASED), "as released"), (FAIR, "one likelihood, one metric"))):
+    axes = figure.subplots(2, len(shots), squeeze=False, sharex=True, sharey=True)
+    for row, (names, title) in enumerate(((RELEASED, "as released"), (FAIR, "one likelihood, one metric"))):
         for column, k in enumerate(shots):
             chosen = [cell for cell in cells if cell["asked"]["shots"] == k]
-            _draw_against_tasks(axes[row, column], chosen, names, released=row == 0)
+            _draw_against_tasks(axes[row, column], chosen, tuple(names), released=row == 0)
             axes[row, column].set_title(f"{title}, K = {k}")
             axes[row, column].set(ylim=(0, None), ylabel="MSE" if column == 0 else "")
         axes[row, 0].legend(frameon=False, fontsize=9)

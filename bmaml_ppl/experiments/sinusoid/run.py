@@ -52,7 +52,7 @@ def run_sinusoid(
 ) -> dict[str, Any]:
     """Runs the study, or what is left of it: cells that the folder holds with the same settings are not run again.
 
-    Writes, by part: `methods.csv`, `figure1.csv` and `ablations.csv` with all scores, `methods.md` and
+    Writes, by part: `methods.csv`, `figure1.csv` and `ablations.csv` with all scores, `methods.md`, `figure1.md` and
     `ablations.md`, `methods.png`, `figure1.png`, and the pictures `adaptation.png`, `mixture.png` and `banana.png`; and
     all of it as `results.json`. Learned priors are under `priors`, the scores of each cell under `cells`.
 

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from bmaml_ppl.experiments.sinusoid.figures import PUBLISHED, mean_and_interval, size_of
@@ -91,27 +92,50 @@ def _format_ablations(cells: Cells) -> str:
 
 
 def _format_figure_1(cells: Cells) -> str:
-    """A row for each method and K, a column for each number of tasks: MSE of ensembles, and of members as released."""
+    """A row for each method and K, a column for each number of tasks: means over seeds and 95 % intervals."""
     sizes = sorted({size_of(cell) for cell in cells})
     heads = ["settings", "method", "K", "metric", *(_show_size(size) for size in sizes)]
     return _table(heads, list(_figure_1_rows(cells, sizes)))
 
 
 def _figure_1_rows(cells: Cells, sizes: Sequence[float]) -> Iterator[list[Any]]:
-    for settings, names in (("released", tuple(RELEASED)), ("fair", FAIR)):
+    shots = sorted({cell["asked"]["shots"] for cell in cells})
+    for settings, names in (("released", RELEASED), ("fair", FAIR)):
+        found = partial(_find_scores, cells, sizes=sizes)
         for name in names:
-            chosen = [cell for cell in cells if cell["asked"]["recipe"] == name]
-            for shots in sorted({cell["asked"]["shots"] for cell in chosen}):
+            for k in shots:
                 for metric in ("mse", "member_mse") if name.startswith("emaml") else ("mse",):
-                    shown = [_show_seeds(chosen, shots, size, metric) for size in sizes]
-                    yield [settings, RECIPES[name].title, shots, _SCORES[metric], *shown]
+                    shown = [_show_seeds(list(scores.values())) for scores in found(name, k, metric)]
+                    yield [settings, RECIPES[name].title, k, _SCORES[metric], *shown]
+        ensemble = next(name for name in names if name.startswith("emaml"))
+        for name in names:
+            for k in shots if name.startswith("bmaml") else ():
+                pairs = zip(found(name, k, "mse"), found(ensemble, k, "mse"), strict=True)
+                less = [_subtract(ours, theirs) for ours, theirs in pairs]
+                yield [settings, f"{RECIPES[name].title}, less EMAML", k, "MSE, paired", *map(_show_seeds, less)]
 
 
-def _show_seeds(cells: Cells, shots: int, size: float, metric: str) -> str:
-    chosen = [c for c in cells if c["asked"]["shots"] == shots and size_of(c) == size]
-    values = [c["scores"][metric] for c in chosen if c["scores"] is not None]
-    if len(values) < len(chosen) or not values:
-        return f"{len(chosen) - len(values)} of {len(chosen)} diverged" if chosen else ""
+def _find_scores(
+    cells: Cells, recipe: str, shots: int, metric: str, sizes: Sequence[float]
+) -> list[dict[int, float | None]]:
+    """By number of training tasks, the score of each seed, None where it diverged."""
+    chosen = [c for c in cells if c["asked"]["recipe"] == recipe and c["asked"]["shots"] == shots]
+    return [
+        {c["asked"]["seed"]: c["scores"] and c["scores"][metric] for c in chosen if size_of(c) == size}
+        for size in sizes
+    ]
+
+
+def _subtract(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> list[float | None]:
+    """Differences on the same training tasks."""
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return [None if a is None or b is None else a - b for a, b in pairs]
+
+
+def _show_seeds(scores: Sequence[float | None]) -> str:
+    values = [value for value in scores if value is not None]
+    if len(values) < len(scores) or not values:
+        return f"{len(scores) - len(values)} of {len(scores)} diverged" if scores else ""
     mean, half = mean_and_interval(values)
     return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
 

@@ -50,10 +50,11 @@ def draw_figure_1(cells: Cells) -> Figure:
             chosen = [cell for cell in cells if cell["asked"]["shots"] == k]
             _draw_against_tasks(axes[row, column], chosen, tuple(names), released=row == 0)
             axes[row, column].set_title(f"{title}, K = {k}")
-            axes[row, column].set(ylim=(0, None), ylabel="MSE" if column == 0 else "")
+            axes[row, column].set_ylabel("MSE" if column == 0 else "")
         axes[row, 0].legend(frameon=False, fontsize=9)
     for ax in axes[1]:
         ax.set_xlabel("training tasks |T|")
+    axes[0, 0].set_ylim(0, None)  # of all, once all are drawn
     return figure
 
 
@@ -71,7 +72,17 @@ def _draw_against_tasks(ax: Axes, cells: Cells, names: Sequence[str], *, release
                 means.append(mean)
                 bars.append(half)
         label = RECIPES[name].title + (" (members)" if metric == "member_mse" and name != "maml_released" else "")
-        ax.errorbar(at, means, bars, fmt=f"{_MARKERS[i]}-", color=_COLOURS[i], capsize=3, label=label, lw=1.2, ms=5)
+        ax.errorbar(
+            at,
+            means,
+            bars if any(bars) else None,
+            fmt=f"{_MARKERS[i]}-",
+            color=_COLOURS[i],
+            capsize=3,
+            label=label,
+            lw=1.2,
+            ms=5,
+        )
     ax.set_xticks(range(len(sizes)), ["∞" if size == float("inf") else f"{size:,.0f}" for size in sizes])
 
 

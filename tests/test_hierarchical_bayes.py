@@ -47,7 +47,7 @@ def mixed() -> tuple[LearnedPrior, Any, Tasks]:
     x = tasks.data["x"].reshape(-1).numpy()
     design, groups = np.stack([np.ones_like(x), x], 1), np.repeat(np.arange(40), 8)
     fitted = linear.MixedLM(tasks.data["y"].reshape(-1).numpy(), design, groups, exog_re=design).fit(
-        reml=False, method="bfgs", gtol=1e-10
+        reml=False, method="bfgs", gtol=1e-7
     )
     return prior, fitted, tasks
 

@@ -109,7 +109,7 @@ def test_adaptation_shows_every_step_and_every_particle(adaptation: tuple[Path, 
     found = numbers["5 shots"]
     assert {name: list(steps) for name, steps in found.items()} == {
         "offset_maml": ["0 steps", "1 step", "5 steps", "10 steps"],
-        "offset_pretraining": ["0 steps", "1 step", "10 steps"],
+        "offset_pretraining": ["0 steps", "1 step", "5 steps", "10 steps"],
         "offset_bmaml": ["0 steps", "1 step", "5 steps", "10 steps"],
     }
     point, _, posterior = figure.axes

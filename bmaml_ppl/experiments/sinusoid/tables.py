@@ -100,8 +100,8 @@ def _format_figure_1(cells: Cells) -> str:
 
 def _figure_1_rows(cells: Cells, sizes: Sequence[float]) -> Iterator[list[Any]]:
     shots = sorted({cell["asked"]["shots"] for cell in cells})
+    found = partial(_find_scores, cells, sizes=sizes)
     for settings, names in (("released", RELEASED), ("fair", FAIR)):
-        found = partial(_find_scores, cells, sizes=sizes)
         for name in names:
             for k in shots:
                 for metric in ("mse", "member_mse") if name.startswith("emaml") else ("mse",):

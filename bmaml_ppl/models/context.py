@@ -63,9 +63,10 @@ def context_network(
     steered = _Steered(network, num_context, activation, initial_noise, seed)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
-        zeros = x.new_zeros(num_context)
+        columns = as_columns(x, network[0])
+        zeros = columns.new_zeros(num_context)
         context = pyro.sample("context", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
-        mean, noise = pyro.module("network", steered)(as_columns(x, network[0]), context)
+        mean, noise = pyro.module("network", steered)(columns, context)
         check_output(mean, y)
         with pyro.plate("data", len(x)):
             pyro.sample("obs", dist.Normal(mean, noise), obs=y)

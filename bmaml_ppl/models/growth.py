@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from bmaml_ppl.models.inputs import as_floating
 from bmaml_ppl.types import Model
 
 __all__ = ["growth_curve", "smooth_growth"]
@@ -39,6 +40,7 @@ def growth_curve(degree: int = 2, *, covariance: Literal["full", "diagonal"] = "
         raise ValueError(f'covariance={covariance!r} is not known; choose "full" or "diagonal"')
 
     def model(time: Tensor, value: Tensor | None = None) -> None:
+        time = as_floating(time)
         coef = pyro.sample("coef", _coefficients(time, degree + 1, covariance))
         noise = pyro.param("noise", lambda: time.new_tensor(0.5), constraint=constraints.positive)
         curve = torch.stack([time**k for k in range(degree + 1)], -1) @ coef
@@ -102,6 +104,7 @@ def smooth_growth(
         raise ValueError(f"num_functions={num_functions}, boundary={boundary}; give at least 1, and more than 0")
 
     def model(time: Tensor, value: Tensor | None = None) -> None:
+        time = as_floating(time)
         # Coefficients in units of their own spread: a spread learned to be near zero would stall Newton's steps.
         standard = pyro.sample("standard", dist.Normal(time.new_zeros(degree + 1), 1.0).to_event(1))
         coef = pyro.deterministic("coef", _place(standard), event_dim=1)

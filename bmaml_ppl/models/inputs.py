@@ -1,9 +1,14 @@
-"""What the network models ask of x and y."""
+"""What models ask of their inputs and outcomes."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_columns", "check_output"]
+__all__ = ["as_columns", "as_floating", "check_output"]
+
+
+def as_floating(x: Tensor) -> Tensor:
+    """Whole numbers as numbers of the default precision; others as they are."""
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def as_columns(x: Tensor, width: int) -> Tensor:
@@ -16,7 +21,7 @@ def as_columns(x: Tensor, width: int) -> Tensor:
     if columns.ndim != 2 or columns.shape[1] != width:
         allowed = f"(N, {width})" + (" or (N,)" if width == 1 else "")
         raise ValueError(f"x has shape {tuple(x.shape)}, but the network takes {allowed}")
-    return columns if columns.is_floating_point() else columns.to(torch.get_default_dtype())
+    return as_floating(columns)
 
 
 def check_output(mean: Tensor, y: Tensor | None) -> None:

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 from torch import Tensor
 from torch.distributions import constraints
 
+from bmaml_ppl.models.inputs import as_floating
 from bmaml_ppl.types import Model
 
 __all__ = ["linear_regression"]
@@ -32,6 +33,7 @@ def linear_regression(num_features: int) -> Model:
         raise ValueError(f"num_features={num_features}; give at least 1, or use growth_curve(0)")
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
+        x = as_floating(x)
         columns = x.unsqueeze(-1) if x.ndim == 1 else x
         if columns.ndim != 2 or columns.shape[1] != num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, but the model takes (N, {num_features})")

@@ -74,18 +74,18 @@ def neural_linear_mixture(
     def model(x: Tensor, y: Tensor | None = None) -> None:
         hidden = pyro.module("features", features)(x)
         check_features(hidden, x)
-        logits = _parameter("kind_logits", x, lambda: torch.zeros(num_components))
-        kind = pyro.sample("kind", _near(kinds.to(x), logits))
+        logits = _parameter("kind_logits", hidden, lambda: torch.zeros(num_components))
+        kind = pyro.sample("kind", _near(kinds.to(hidden), logits))
         size = (num_components, hidden.shape[1] + 1, rank)
-        bases = _parameter("basis", x, lambda: _first_basis(size, initial_scale, seed))
+        bases = _parameter("basis", hidden, lambda: _first_basis(size, initial_scale, seed))
         index = kind.detach().round().clamp(0, num_components - 1).long()
         basis = bases.index_select(0, index.unsqueeze(0)).squeeze(0)
-        loc = _parameter("scale_loc", x, lambda: torch.zeros(()))
-        scale = pyro.sample("scale", dist.LogNormal(loc, _positive("scale_sd", x, 1.0)))
-        coef = pyro.sample("coef", dist.Normal(x.new_zeros(rank), scale).to_event(1))
+        loc = _parameter("scale_loc", hidden, lambda: torch.zeros(()))
+        scale = pyro.sample("scale", dist.LogNormal(loc, _positive("scale_sd", hidden, 1.0)))
+        coef = pyro.sample("coef", dist.Normal(hidden.new_zeros(rank), scale).to_event(1))
         mean = (basis[0] + hidden @ basis[1:]) @ coef
         check_output(mean, y)
-        noise = _positive("noise_ratio", x, initial_noise / initial_scale) * scale
+        noise = _positive("noise_ratio", hidden, initial_noise / initial_scale) * scale
         with pyro.plate("data", len(x)):
             pyro.sample("obs", dist.Normal(mean, noise), obs=y)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from bmaml_ppl.models.inputs import as_floating
 from bmaml_ppl.types import Model
 
 __all__ = ["OralDose", "concentration_after", "one_compartment"]
@@ -93,6 +94,7 @@ def one_compartment(start: OralDose | None = None, *, relative_noise: bool = Fal
     typical = torch.tensor(begin[:3]).log()
 
     def model(time: Tensor, dose: Tensor, concentration: Tensor | None = None) -> None:
+        time = as_floating(time)
         mean = pyro.param("mean", lambda: typical.to(time))
         root = pyro.param(
             "scale_tril", lambda: begin.spread * torch.eye(3).to(time), constraint=constraints.lower_cholesky

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from bmaml_ppl.checks import check_positive
-from bmaml_ppl.models.inputs import as_columns, check_output
+from bmaml_ppl.models.inputs import as_columns, as_floating, check_output
 from bmaml_ppl.types import Model
 
 __all__ = ["hierarchical_regression"]
@@ -96,10 +96,10 @@ def hierarchical_regression(
         return noise, pyro.param("scale", lambda: torch.full_like(zeros, initial_scale), constraint=positive)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
-        zeros = x.new_zeros(len(wrapped.loc))
+        zeros = as_floating(x).new_zeros(len(wrapped.loc))
         theta = pyro.param("theta", lambda: wrapped.start.to(zeros)) if center == "learned" else zeros
         noise, scale = (latent if precisions == "latent" else learned)(zeros)
-        start = _start(lambda: wrapped.draw(x.dtype), shapes=wrapped.shapes)
+        start = _start(lambda: wrapped.draw(zeros.dtype), shapes=wrapped.shapes)
         weights = pyro.sample("weights", dist.Normal(theta, scale).to_event(1), infer=start)
         mean = wrapped.apply(weights, x)
         check_output(mean, y)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bmaml_ppl.checks import check_positive
+from bmaml_ppl.models.inputs import as_floating
 from bmaml_ppl.types import Model
 
 __all__ = ["sinusoid_program"]
@@ -47,6 +48,8 @@ def sinusoid_program(
     zero, ends = torch.zeros(()), {name: torch.tensor(end, dtype=torch.float64) for name, end in intervals.items()}
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
+        x = as_floating(x)
+
         def draw(name: str) -> Tensor:
             shape = pyro.param(f"{name}_shape", lambda: x.new_ones(2), constraint=constraints.positive)
             value: Tensor = pyro.sample(name, dist.AffineBeta(shape[0], shape[1], zero.to(x), ends[name].to(x)))

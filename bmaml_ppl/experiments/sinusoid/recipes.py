@@ -72,10 +72,10 @@ _fine_tune = _point(1, step_size=1e-2, learn_step_size="none")
 """The best of seven step sizes from .0002 to .02 for a pretrained network, on 200 other tasks."""
 
 
-def _svgd(num_particles: int = NUM_PARTICLES, **more: Any) -> Callable[[int], Inference]:
+def _svgd(num_particles: int = NUM_PARTICLES, *, length: float = 0.02, **more: Any) -> Callable[[int], Inference]:
     """SVGD with one kernel; its direction is a mean over the particles, so that steps are as many times longer."""
     settings: dict[str, Any] = {"num_particles": num_particles, "structure": "joint", **_LEARNED, **more}
-    return lambda shots: svgd(**{"step_size": 0.02 * num_particles / shots, **settings})
+    return lambda shots: svgd(**{"step_size": length * num_particles / shots, **settings})
 
 
 _ADAPTIVE: dict[str, Any] = {
@@ -271,55 +271,51 @@ _SHORT: dict[str, Any] = {"num_steps": 3_000}
 FAIR = {f"{name}_fair": replace(METHODS[name], **_SHORT) for name in ("meta_sgd", "emaml", "bmaml_chaser", "bmaml")}
 """Figure 1's methods with one likelihood and prior; all but the chaser learn their step sizes."""
 
+_fixed, _adaptive = _svgd(learn_step_size="none"), _svgd(**_ADAPTIVE)
+# A chaser that may choose the steps makes leader and follower agree by hardly moving.
 _ABLATED: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "no repulsion": {"repulsion": 0.0},
-    "half the repulsion": {"repulsion": 0.5},
-    "a narrow kernel: particles all but independent": {"bandwidth": 10.0},
-    "the released bandwidth": {"bandwidth": "released"},
-    "inverse multiquadric kernel": {"kernel": "imq"},
-    "1 particle": {"num_particles": 1},
-    "5 particles": {"num_particles": 5},
-    "20 particles": {"num_particles": 20},
-    "1 step": {"num_steps": 1},
-    "10 steps": {"num_steps": 10},
-    "steps half as long at first": {"step_size": 0.01},
-    "steps a quarter as long at first": {"step_size": 0.005},
-    "fixed step size": {"learn_step_size": "none"},
-    "one step size": {"learn_step_size": "scalar"},
+    "no repulsion": {"inference": _svgd(repulsion=0.0)},
+    "half the repulsion": {"inference": _svgd(repulsion=0.5)},
+    "a narrow kernel: particles all but independent": {"inference": _svgd(bandwidth=10.0)},
+    "the released bandwidth": {"inference": _svgd(bandwidth="released")},
+    "inverse multiquadric kernel": {"inference": _svgd(kernel="imq")},
+    "1 particle": {"inference": _svgd(1)},
+    "5 particles": {"inference": _svgd(5)},
+    "20 particles": {"inference": _svgd(20)},
+    "1 step": {"inference": _svgd(num_steps=1)},
+    "10 steps": {"inference": _svgd(num_steps=10)},
+    "steps half as long at first": {"inference": _svgd(length=0.01)},
+    "steps a quarter as long at first": {"inference": _svgd(length=0.005)},
+    "fixed step size": {"inference": _fixed},
+    "one step size": {"inference": _svgd(learn_step_size="scalar")},
+    "a kernel per site": {"model": _spread_network, "inference": _svgd(structure="site")},
+    "a kernel per site, steps half as long at first": {
+        "model": _spread_network,
+        "inference": _svgd(structure="site", length=0.01),
+    },
+    "a kernel per coordinate": {"model": _spread_network, "inference": _svgd(structure="coordinate")},
+    "fixed step size, chaser, 1 leader step": {"inference": _fixed, "objective": chaser(1, sites=["weights"])},
+    "fixed step size, chaser, 5 leader steps": {"inference": _fixed, "objective": chaser(5, sites=["weights"])},
+    "fixed step size, chaser and query": {
+        "inference": _fixed,
+        "objective": chaser(1, sites=["weights"]) + query_nll("mean"),
+    },
+    "query of the mixture": {"objective": query_nll()},
+    "noise of 1, not inferred": {"model": partial(_given, {"gamma": 1.0, "lam": 1.0})},
+    "adaptive steps": {"inference": _adaptive},
+    "adaptive steps, weights' precision inferred": {"model": partial(_given, {}), "inference": _adaptive},
 }
-
-
-def _ablate() -> dict[str, Recipe]:
-    query = query_nll("mean")
-    found = {title: Recipe(title, _network, _svgd(**changed), query) for title, changed in _ABLATED.items()}
-    # A chaser that may choose the steps makes leader and follower agree by hardly moving.
-    fixed, adaptive = _svgd(learn_step_size="none"), _svgd(**_ADAPTIVE)
-    others: dict[str, tuple[Callable[[], Model], Callable[[int], Inference], Objective]] = {
-        "a kernel per site": (_spread_network, _svgd(structure="site"), query),
-        "a kernel per site, steps half as long at first": (
-            _spread_network,
-            _svgd(structure="site", step_size=0.01),
-            query,
-        ),
-        "a kernel per coordinate": (_spread_network, _svgd(structure="coordinate"), query),
-        "fixed step size, chaser, 1 leader step": (_network, fixed, chaser(1, sites=["weights"])),
-        "fixed step size, chaser, 5 leader steps": (_network, fixed, chaser(5, sites=["weights"])),
-        "fixed step size, chaser and query": (_network, fixed, chaser(1, sites=["weights"]) + query),
-        "query of the mixture": (_network, _svgd(), query_nll()),
-        "noise of 1, not inferred": (partial(_given, {"gamma": 1.0, "lam": 1.0}), _svgd(), query),
-        "adaptive steps": (_network, adaptive, query),
-        "adaptive steps, weights' precision inferred": (partial(_given, {}), adaptive, query),
-    }
-    found |= {title: Recipe(title, *parts) for title, parts in others.items()}
-    return {f"ablated_{_slug(title)}": replace(recipe, **_SHORT) for title, recipe in found.items()}
 
 
 def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", title.lower())
 
 
-ABLATIONS = _ablate()
+ABLATIONS = {
+    f"ablated_{_slug(title)}": replace(METHODS["bmaml"], title=title, **_SHORT, **changes)
+    for title, changes in _ABLATED.items()
+}
 """BMAML with one thing changed at a time."""
 
 RECIPES: dict[str, Recipe] = {**METHODS, **PICTURES, **RELEASED, **FAIR, **ABLATIONS}
